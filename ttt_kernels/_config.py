@@ -1,0 +1,15 @@
+"""The only place that reads the environment."""
+
+from __future__ import annotations
+
+import os
+
+IMPLEMENTATIONS = ("auto", "reference", "eager", "triton", "cuda")
+
+
+def default_implementation() -> str:
+    """TTT_KERNELS_IMPL: what `impl="auto"` means in this process; "auto" lets the package choose."""
+    name = os.environ.get("TTT_KERNELS_IMPL", "auto")
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"TTT_KERNELS_IMPL must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}")
+    return name

@@ -1,0 +1,112 @@
+"""The scan as torch ops: `ttt_kernels::scan_fwd`, `ttt_kernels::scan_bwd` and the autograd Function.
+
+Fixed arity: what a call does not have or need is an empty tensor. Outputs are contiguous and alias
+nothing. The Function is what `api` calls.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ttt_kernels.ops._library import register_op
+from ttt_kernels.ops.scan import eager, eager_bwd
+from ttt_kernels.ops.scan.validation import check_packed_steps
+from ttt_kernels.types import compute_dtype
+
+FORWARD = {"eager": eager.forward}
+BACKWARD = {"eager": eager_bwd.backward}
+
+
+def _forward(
+    z, v, w0, step_size, lr, state, cu_seqlens, chunk_size, preserve_row_norm, return_state,
+    save_state, impl,
+):  # fmt: skip
+    check_packed_steps(step_size, z.shape[1], chunk_size, cu_seqlens)
+    return FORWARD[impl](
+        z, v, w0, step_size, lr, state, cu_seqlens, chunk_size, preserve_row_norm, return_state,
+        save_state,
+    )  # fmt: skip
+
+
+def _forward_fake(
+    z, v, w0, step_size, lr, state, cu_seqlens, chunk_size, preserve_row_norm, return_state,
+    save_state, impl,
+):  # fmt: skip
+    sequences = z.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    carried = (sequences if return_state or save_state else 0, *w0.shape)
+    y = z.new_empty(z.shape[0], z.shape[1], w0.shape[0])
+    return y, z.new_empty(carried, dtype=compute_dtype(z.dtype))
+
+
+def _backward(
+    dy, dstate, carried, z, v, w0, step_size, lr, state, cu_seqlens, chunk_size,
+    preserve_row_norm, return_state, impl,
+):  # fmt: skip
+    return BACKWARD[impl](
+        dy, dstate, carried, z, v, w0, step_size, lr, state, cu_seqlens, chunk_size,
+        preserve_row_norm, return_state,
+    )  # fmt: skip
+
+
+def _backward_fake(
+    dy, dstate, carried, z, v, w0, step_size, lr, state, cu_seqlens, chunk_size,
+    preserve_row_norm, return_state, impl,
+):  # fmt: skip
+    return (
+        z.new_empty(z.shape),
+        v.new_empty(v.shape),
+        w0.new_empty(w0.shape),
+        carried.new_empty((0,) if step_size is None else step_size.shape),
+        carried.new_empty((0,) if state is None else state.shape),
+    )
+
+
+scan_fwd = register_op(
+    "scan_fwd(Tensor z, Tensor v, Tensor w0, Tensor? step_size, float lr, Tensor? state, "
+    "Tensor? cu_seqlens, SymInt chunk_size, bool preserve_row_norm, bool return_state, "
+    "bool save_state, str impl) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+scan_bwd = register_op(
+    "scan_bwd(Tensor dy, Tensor? dstate, Tensor carried, Tensor z, Tensor v, Tensor w0, "
+    "Tensor? step_size, float lr, Tensor? state, Tensor? cu_seqlens, SymInt chunk_size, "
+    "bool preserve_row_norm, bool return_state, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class ScanFunction(torch.autograd.Function):
+    """Arguments and results of `scan_fwd`. One derivative: the backward is not differentiable."""
+
+    @staticmethod
+    def forward(*args):
+        return scan_fwd(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        (z, v, w0, step_size, lr, state, cu_seqlens, chunk_size, preserve, return_state, _, impl) = inputs
+        carried = output[1]
+        ctx.save_for_backward(carried, z, v, w0, step_size, state, cu_seqlens)
+        ctx.settings = (lr, chunk_size, preserve, return_state, impl)
+        ctx.set_materialize_grads(False)
+        if not return_state:
+            ctx.mark_non_differentiable(carried)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor | None, dcarried: Tensor | None):
+        carried, z, v, w0, step_size, state, cu_seqlens = ctx.saved_tensors
+        lr, chunk_size, preserve, return_state, impl = ctx.settings
+        dy = z.new_zeros(*z.shape[:2], w0.shape[0]) if dy is None else dy.contiguous()
+        dstate = dcarried.contiguous() if return_state and dcarried is not None else None
+        dz, dv, dw0, dstep, dstart = scan_bwd(
+            dy, dstate, carried, z, v, w0, step_size, lr, state, cu_seqlens, chunk_size, preserve,
+            return_state, impl,
+        )  # fmt: skip
+        dstep = None if step_size is None else dstep
+        dstart = None if state is None else dstart
+        return dz, dv, dw0, dstep, None, dstart, *(None,) * 6
