@@ -150,6 +150,11 @@ def row_tiles(weight: Tensor) -> Iterator[slice]:
         yield slice(a, min(a + ROW_TILE, len(weight)))
 
 
+def initial_state(w0: Tensor, state: Tensor | None, span: Span, acc: torch.dtype) -> Tensor:
+    """W_0 of a sequence [D, F]: to read, not to write."""
+    return w0.to(acc) if state is None else state[span.index]
+
+
 def square_norm(weight: Tensor) -> Tensor:
     """Square row norms [D]. Always this function, so that W = w0 gives a ratio of exactly one."""
     return torch.linalg.vector_norm(weight, dim=1).square_()
@@ -187,7 +192,7 @@ def forward(
     scratch = None if keep else torch.empty_like(w0, dtype=ops.acc)
     for span in spans:
         weight = carried[span.index] if keep else scratch
-        weight.copy_(w0 if state is None else state[span.index])
+        weight.copy_(initial_state(w0, state, span, ops.acc))
         for block in blocks_of(span, chunk_size, length):
             out = y[block.row, block.tokens]
             if block.is_super_chunk:

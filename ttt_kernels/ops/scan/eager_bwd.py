@@ -13,6 +13,7 @@ from ttt_kernels.ops.scan.eager import (
     Operands,
     SuperChunk,
     blocks_of,
+    initial_state,
     row_scale,
     row_tiles,
     square_norm,
@@ -77,7 +78,9 @@ def backward(
         weight, owned = carried[span.index], False
         for block in reversed(blocks_of(span, chunk_size, length)):
             reached = return_state or not block.last  # does anything read the state after this block?
-            if reached and block.written > block.start:
+            if block.start == span.start:  # the state before the first write is known exactly
+                weight = initial_state(w0, state, span, ops.acc)
+            elif reached and block.written > block.start:
                 weight, owned = weight if owned else weight.clone(), True
                 ops.write(block, weight, sign=-1)
             step = super_chunk_backward if block.is_super_chunk else chunk_backward
