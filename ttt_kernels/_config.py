@@ -8,8 +8,9 @@ IMPLEMENTATIONS = ("auto", "reference", "eager", "triton", "cuda")
 
 
 def default_implementation() -> str:
-    """TTT_KERNELS_IMPL: what `impl="auto"` means in this process; "auto" lets the package choose."""
+    """TTT_KERNELS_IMPL: what `impl="auto"` means here; "auto" lets the package choose."""
     name = os.environ.get("TTT_KERNELS_IMPL", "auto")
     if name not in IMPLEMENTATIONS:
-        raise ValueError(f"TTT_KERNELS_IMPL must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}")
+        names = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"TTT_KERNELS_IMPL must be one of {names}, got {name!r}")
     return name

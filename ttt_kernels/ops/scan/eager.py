@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -219,29 +220,34 @@ class SuperChunk:
     """What forward and backward of a super-chunk both need; W is the state before the block.
 
     keys [n, F], scaled = sV [w, D], chunk_of [n] (chunk index of a token), `earlier` [n, w] (may
-    token t read the write of token u?), scores = Z Z^T where earlier, raw = W_k z [n, D].
+    token t read the write of token u?), scores = Z Z^T where earlier, raw = W_k z [n, D] (which the
+    backward needs only under row-norm preservation).
     """
 
     def __init__(self, ops: Operands, block: Block, weight: Tensor) -> None:
         n, self.w, self.c = block.stop - block.start, block.written - block.start, block.chunk
+        self.ops, self.weight = ops, weight
         self.keys = ops.keys(block, block.tokens)
         self.scaled = ops.scaled(block, slice(block.start, block.written))
         self.chunk_of = torch.arange(n, device=weight.device) // self.c
         self.earlier = self.chunk_of[: self.w] < self.chunk_of[:, None]
         self.scores = (self.keys @ self.keys[: self.w].t()).mul_(self.earlier)
-        self.raw = ops.apply(self.keys, weight).addmm_(self.scores, self.scaled)
+
+    @cached_property
+    def raw(self) -> Tensor:
+        return self.ops.apply(self.keys, self.weight).addmm_(self.scores, self.scaled)
 
     def per_chunk(self, x: Tensor) -> Tensor:
         return x[: self.w].view(-1, self.c, x.shape[1])
 
-    def row_norms(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def row_norms(self) -> tuple[Tensor, Tensor]:
         """Square row norms of every W_k, [chunks + 1, D], without forming one:
         ||W_{k+1}||^2 = ||W_k||^2 + sum_t (sV)_t (2 W_k z_t + P_t), P = Kz (sV) inside the chunk.
         Returns them and P [w, D]."""
         keys = self.per_chunk(self.keys)
         same = ((keys @ keys.mT) @ self.per_chunk(self.scaled)).flatten(0, 1)
         growth = self.per_chunk(self.scaled * (2 * self.raw[: self.w] + same)).sum(1)
-        start = square_norm(weight)[None]
+        start = square_norm(self.weight)[None]
         return torch.cat([start, start + growth.cumsum(0)]), same
 
 
@@ -251,5 +257,5 @@ def read_super_chunk(ops: Operands, block: Block, weight: Tensor, out: Tensor) -
     if ops.preserve is None:
         out.copy_(part.raw)
     else:
-        norms, _ = part.row_norms(weight)
+        norms, _ = part.row_norms()
         out.copy_(part.raw.mul_(row_scale(ops.preserve, norms)[part.chunk_of]))

@@ -143,7 +143,7 @@ def super_chunk_backward(ops, grads, block, weight, grad, reached) -> None:
     keys, scaled, w = part.keys, part.scaled, part.w
     dy = grads.dy[block.row, block.tokens].to(ops.acc, copy=True)
     if ops.preserve is not None:
-        norms, same = part.row_norms(weight)
+        norms, same = part.row_norms()
         dy.mul_(row_scale(ops.preserve, norms)[part.chunk_of])
         dratio = torch.zeros_like(norms).index_add_(0, part.chunk_of, dy * part.raw)
         grads.norm.add_(dratio.sum(0))
