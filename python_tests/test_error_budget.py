@@ -119,3 +119,35 @@ def test_error_ratio_rejects_what_it_cannot_compare():
     broken[0, 0, 0] = float("nan")
     assert testing.error_ratio(broken, good, good.double()) == float("inf")
     assert testing.error_ratio(good, good, good.double()) == 0.0
+
+
+@pytest.mark.parametrize("preserve", [False, True])
+@pytest.mark.parametrize("chunk", [4, 16, 64])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_scan_has_the_properties(dtype, chunk, preserve):
+    broken = testing.violations(
+        ttt.fast_weight_scan, dtype=dtype, chunk_size=chunk, preserve_row_norm=preserve
+    )
+    assert broken == []
+
+
+def test_violations_finds_what_is_broken():
+    """A scan that writes each chunk before it reads it, ragged ones too, and mixes the rows."""
+
+    def acausal(z, v, w0, *, chunk_size, step_size, preserve_row_norm, state, return_state):
+        weight = w0.expand(len(z), *w0.shape) if state is None else state
+        outputs = []
+        for a in range(0, z.shape[1], chunk_size):
+            keys, values = z[:, a : a + chunk_size], v[:, a : a + chunk_size]
+            weight = weight + step_size * (values.mT @ keys).mean(0)
+            outputs.append(keys @ weight.mT)
+        return torch.cat(outputs, 1), weight
+
+    broken = testing.violations(acausal)
+    for expected in (
+        "a batch row depends on the other rows",
+        "the first chunk reads more than w0",
+        "a token changes an earlier output",
+        "an incomplete chunk is written",
+    ):
+        assert expected in broken

@@ -87,6 +87,7 @@ def chunk_ranges(
 ) -> tuple[Tensor, Tensor]:
     """First and last-plus-one token of the chunk each token lies in, as int64 [T] on `device`."""
     t = torch.arange(tokens, device=device)
+    chunk_size = min(chunk_size, max(tokens, 1))  # the same chunks, and no overflow
     if cu_seqlens is None:
         first = t - t % chunk_size
         return first, (first + chunk_size).clamp(max=tokens)

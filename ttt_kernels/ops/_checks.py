@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
 
 import torch
 from torch import Tensor
 
 from ttt_kernels.types import FLOAT_DTYPES
+
+MAX_FLOAT = sys.float_info.max
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -57,9 +59,10 @@ def check_positive_int(name: str, value: object) -> int:
 
 
 def check_finite_number(name: str, value: object, *, positive: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    # Comparisons, because torch.compile makes a float symbolic and math.isfinite takes none of those.
+    if not -MAX_FLOAT <= value <= MAX_FLOAT or (positive and value <= 0):
         raise ValueError(f"{name} must be {'positive and ' if positive else ''}finite, got {value}")
     return float(value)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ttt_kernels.ops import _checks as check
+from ttt_kernels.ops._library import without_autocast
 from ttt_kernels.ops.scan import reference, validation
 from ttt_kernels.ops.scan.registration import ScanFunction
 
@@ -63,7 +64,8 @@ def fast_weight_scan(
     Cost: 4 D F FLOPs per token forward, 10 D F backward, and about 8 D F / max(C, S*) bytes of state
         traffic per token (`ops/scan/heuristics.py`). Extra memory: one float32 weight forward (one
         per sequence where gradients are needed), three in the backward, whatever T and C.
-    Limits: one derivative. The reference has more.
+    Limits: one derivative (the reference has more). Causality holds for finite values: where several
+        short chunks are computed together, a NaN in one reaches the outputs of its neighbours.
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
         NotImplementedError: an implementation that does not exist for this device.
@@ -80,7 +82,7 @@ def fast_weight_scan(
     impl = validation.resolve_implementation(impl, z.device)
     if impl == "reference":
         validation.check_packed_steps(steps, z.shape[1], chunk_size, cu_seqlens)
-        y, final = reference.scan(
+        y, final = without_autocast(reference.scan)(
             z, v, w0, lr if steps is None else steps, state, cu_seqlens,
             chunk_size=chunk_size, preserve_row_norm=preserve_row_norm,
         )  # fmt: skip

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ttt_kernels.ops.scan.heuristics import TOKEN_TILE, super_chunk
-from ttt_kernels.types import Span, ceil_div, compute_dtype, sequence_spans
+from ttt_kernels.types import Span, compute_dtype, sequence_spans
 
 NORM_FLOOR = 1e-5
 ROW_TILE = 256  # rows of a weight handled at a time where a temporary of the whole would cost memory

@@ -66,7 +66,7 @@ def backward(
         dy,
         torch.empty_like(z),
         torch.zeros_like(v),
-        w0.new_empty(0) if step_size is None else torch.zeros_like(step_size),
+        carried.new_empty(0) if step_size is None else torch.zeros_like(step_size),
         None if ops.preserve is None else torch.zeros_like(ops.preserve),
     )
     for span in spans:

@@ -61,9 +61,9 @@ def check_packed_steps(step_size, tokens: int, chunk_size: int, cu_seqlens: Tens
 def check_state(state: object, z: Tensor, w0: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
     if state is None:
         return None
-    check.check_tensor("state", state, "[B, D, F]")
     sequences = z.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     layout = "[B, D, F]" if cu_seqlens is None else "[S, D, F]"
+    check.check_tensor("state", state, layout)
     shape = (sequences, *w0.shape)
     check.check_like("state", state, layout, shape, "z and w0", state)
     acc = compute_dtype(z.dtype)

@@ -29,7 +29,7 @@ def clipped(z, v, chunk_size, lr, max_norm, cu_seqlens=None) -> Tensor:
     """lr * min(1, max_norm / ||G||_F)."""
 
     def step(g: Tensor) -> Tensor:
-        return lr * (max_norm / torch.linalg.matrix_norm(g)).clamp_max(1.0)
+        return lr * max_norm / torch.linalg.matrix_norm(g).clamp_min(max_norm)
 
     return _per_chunk(z, v, chunk_size, cu_seqlens, step)
 

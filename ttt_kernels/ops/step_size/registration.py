@@ -10,11 +10,12 @@ from torch.autograd.function import once_differentiable
 
 from ttt_kernels.ops._library import register_op
 from ttt_kernels.ops.step_size import eager
+from ttt_kernels.ops.step_size.gram_rules import Clipped, Spectral
 from ttt_kernels.types import ceil_div, compute_dtype
 
 RULES = {
-    "spectral": lambda lr, parameter: eager.spectral_rule(lr, int(parameter)),
-    "clipped": eager.clipped_rule,
+    "spectral": lambda lr, parameter: Spectral(lr, int(parameter)),
+    "clipped": Clipped,
 }
 
 

@@ -43,6 +43,7 @@ def next_token_target(
     Source: TTT-NTP (arXiv 2606.21803), next-token-prediction target.
     """
     check.check_tensor("x", x, "[B, T, D]")
+    validation.check_proj_rank(proj)
     x, proj = check.autocast(x, proj)
     validation.check_source("x", x)
     validation.check_proj(proj, "x", x)
@@ -89,6 +90,7 @@ def conv_target(
     """
     check.check_tensor("u", u, "[B, T, D]")
     check.check_tensor("conv_weight", conv_weight, "[D, 1, KW]")
+    validation.check_proj_rank(proj)
     u, conv_weight, proj = check.autocast(u, conv_weight, proj)
     validation.check_source("u", u)
     check.check_positive_int("chunk_size", chunk_size)

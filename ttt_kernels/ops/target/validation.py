@@ -12,10 +12,14 @@ def check_source(name: str, value: Tensor) -> None:
     check.check_float(name, value)
 
 
-def check_proj(proj: object, name: str, source: Tensor) -> None:
-    """`proj` is used as stored, v = x @ proj: square, no transpose."""
+def check_proj_rank(proj: object) -> None:
     if proj is not None:
         check.check_tensor("proj", proj, "[D, D]")
+
+
+def check_proj(proj: Tensor | None, name: str, source: Tensor) -> None:
+    """`proj` is used as stored, v = x @ proj: square, no transpose."""
+    if proj is not None:
         d = source.shape[2]
         check.check_like("proj", proj, "[D, D]", (d, d), name, source)
 

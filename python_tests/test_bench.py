@@ -1,0 +1,192 @@
+"""The benchmark: what it measures is exact where it can be, and a wrong result is never timed."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ttt_kernels.cli import bench, bench_report, measure
+from ttt_kernels.cli.bench_registry import (
+    DTYPES,
+    MODES,
+    OPERATIONS,
+    SHAPES,
+    Case,
+    Implementation,
+    run_once,
+)
+from ttt_kernels.cli.bench_suites import SUITES
+from ttt_kernels.cli.main import main
+
+CPU = torch.device("cpu")
+TINY = Case("scan", "tiny", d=32, f=96, tokens=80, chunk_size=16)
+
+
+def cases(op: str = "scan") -> list[Case]:
+    return [replace(TINY, op=op, chunk_size=c, mode=m) for c in (16, 32) for m in MODES]
+
+
+@pytest.fixture
+def tiny_shape(monkeypatch):
+    monkeypatch.setitem(SHAPES, "tiny", (32, 96))
+
+
+# --- the meters ---------------------------------------------------------------------------------
+def test_extra_memory_counts_what_is_held_at_once_and_not_returned():
+    def call():
+        a = torch.empty(1000, 1000)  # 4 MB
+        b = torch.empty(500, 1000)  # 6 MB held
+        del a
+        c = torch.empty(1000, 1000)  # 6 MB held
+        return b, c[:10]  # of which everything is returned: a view keeps its storage
+
+    def scratch():
+        keep = torch.empty(1000, 1000)
+        for _ in range(3):
+            torch.empty(2000, 1000)
+        return keep
+
+    assert measure.extra_memory(call, CPU) == 0
+    assert measure.extra_memory(scratch, CPU) == 8_000_000
+    assert measure.extra_memory(lambda: None, CPU) == 0
+
+
+def test_extra_memory_sees_inside_custom_ops():
+    """A dispatch mode would not: the op is one call to it."""
+    operands = OPERATIONS["scan"].operands(TINY, TINY.inputs())
+    call = OPERATIONS["scan"].implementations["eager"].call
+    assert measure.extra_memory(lambda: run_once(call, operands, "fwd"), CPU) >= TINY.weight_bytes
+
+
+def test_reference_memory_is_estimated_within_a_factor():
+    op = OPERATIONS["scan"]
+    for mode in MODES:
+        for preserve in (False, True):
+            case = replace(TINY, tokens=640, mode=mode, preserve_row_norm=preserve)
+            operands = op.operands(case, case.inputs())
+            reference = op.implementations["reference"]
+            used = measure.extra_memory(
+                lambda c=case, o=operands, r=reference: run_once(r.call, o, c.mode), CPU
+            )
+            assert 0.7 < reference.memory(case) / used < 1.6, (mode, preserve)
+
+
+def test_percentiles():
+    timing = measure.Timing([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert (timing.median, timing.percentile(0), timing.percentile(100)) == (3.0, 1.0, 5.0)
+    assert math.isclose(timing.percentile(20), 1.8)
+    assert measure.Timing([2.0]).percentile(80) == 2.0
+
+
+def test_calls_are_interleaved():
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "AB"}
+    times = measure.time_interleaved(calls, 3, CPU)
+    assert order == list("ABABAB")
+    assert all(len(t.seconds) == 3 for t in times.values())
+
+
+# --- the table of operations ----------------------------------------------------------------------
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_every_operation_is_measured(op):
+    results = bench.measure_cases(cases(op), None, 1)
+    assert not results.left
+    assert len(results.rows) == len(cases()) * len(OPERATIONS[op].implementations)
+    for row in results.rows:
+        assert row.gflops > 0 and row.gemm_gflops > 0 and row.error_ratio <= 1
+    assert len({row.gemm_gflops for row in results.rows}) == 1  # one run, one ceiling
+
+
+def test_scan_flops_are_those_of_the_docstring():
+    case = Case("scan", "x", d=3, f=5, tokens=7, chunk_size=2, batch=2)
+    assert OPERATIONS["scan"].flops(case) == (4 * 3 * 5 * 14, 10 * 3 * 5 * 14)
+
+
+@pytest.mark.parametrize("op", ["scan", "conv_target", "spectral_step_size"])
+def test_low_precision(op):
+    rows = bench.measure_cases([replace(TINY, op=op, dtype="bfloat16")], ["eager"], 1).rows
+    assert rows[0].error_ratio <= 1 and DTYPES[rows[0].case.dtype] == torch.bfloat16
+
+
+def faulty(z, v, w0, **options):
+    """The learning rate is off by 0.3%."""
+    options["step_size"] *= 1.003
+    return OPERATIONS["scan"].implementations["eager"].call(z, v, w0, **options)
+
+
+def with_faulty() -> dict:
+    op = OPERATIONS["scan"]
+    added = {**op.implementations, "faulty": Implementation(faulty)}
+    return {**OPERATIONS, "scan": replace(op, implementations=added)}
+
+
+def test_a_red_parity_check_refuses_to_time():
+    results = bench.measure_cases(cases(), ["eager", "faulty"], 1, operations=with_faulty())
+    assert {row.impl for row in results.rows} == {"eager"}
+    assert len(results.refused) == len(cases())
+    assert all(x.impl == "faulty" and "parity is red" in x.reason for x in results.refused)
+
+
+def test_a_result_that_is_not_a_number_is_red():
+    assert bench.wrong_results(TINY, "x", float("nan")).kind == "refused"
+    assert bench.wrong_results(TINY, "x", float("inf")).kind == "refused"
+    assert bench.wrong_results(TINY, "x", 1.0) is None
+
+
+def test_what_does_not_fit_is_skipped_and_said(monkeypatch):
+    monkeypatch.setattr(bench, "available_memory", lambda device: 10_000)
+    results = bench.measure_cases([TINY], None, 1)
+    assert [row.impl for row in results.rows] == ["eager"]
+    assert [(x.impl, x.kind) for x in results.left] == [("reference", "skipped")]
+    assert "available" in results.left[0].reason
+
+
+# --- the command ----------------------------------------------------------------------------------
+def test_command_writes_lines_table_and_plot(tmp_path, capsys, tiny_shape):
+    lines, picture = tmp_path / "sub" / "out.jsonl", tmp_path / "sub" / "out.png"
+    grid = "--shape tiny --T 80 --chunk-size 16 32 --repeats 2 --preserve-row-norm".split()
+    assert main(["bench", *grid, "--output", str(lines), "--plot", str(picture)]) == 0
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert records[0]["kind"] == "environment" and records[0]["torch"] == torch.__version__
+    rows = records[1:]
+    assert len(rows) == 8 and {r["kind"] for r in rows} == {"result"}
+    wanted = {"milliseconds", "milliseconds_p20", "gflops", "gemm_share", "extra_weights",
+              "error_ratio", "chunk_size", "impl", "mode"}  # fmt: skip
+    assert wanted <= rows[0].keys() and rows[0]["preserve_row_norm"] is True
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "reference" in shown and "eager" in shown and "GFLOP/s" in shown
+    assert max(len(line) for line in shown.splitlines()) <= 80
+
+
+def test_command_fails_where_a_result_is_wrong(monkeypatch, tmp_path, capsys, tiny_shape):
+    monkeypatch.setitem(OPERATIONS, "scan", with_faulty()["scan"])
+    lines = tmp_path / "out.jsonl"
+    grid = "--shape tiny --T 80 --chunk-size 16 --mode fwd --repeats 1 --impl eager faulty".split()
+    assert main(["bench", *grid, "--output", str(lines)]) == 1
+    assert "parity is red" in capsys.readouterr().out
+    kinds = [json.loads(line)["kind"] for line in lines.read_text().splitlines()]
+    assert kinds == ["environment", "result", "refused"]
+
+
+def test_targets_are_reported_not_asserted(capsys):
+    suite = SUITES["foundation"]()
+    assert {c.tokens for c in suite.cases} == {8192} and len(suite.cases) == 6
+    empty = [t.judge(bench.Results()) for t in suite.targets]
+    assert all(t["measured"] is None and t["reached"] is None for t in empty)
+
+    def row(impl: str, case: Case, milliseconds: float) -> bench.Row:
+        return bench.Row(case, impl, milliseconds, 1, 1, 1, 90.0, 100.0, 12, 0.5)
+
+    rows = [row(i, c, 10.0 * (i == "reference") + 4.0) for c in suite.cases
+            for i in ("reference", "eager")]  # fmt: skip
+    judged = {t.text: t.judge(bench.Results(rows)) for t in suite.targets}
+    assert judged["eager fwd, C = 1024: share of the GEMM rate"]["reached"] is True
+    faster = {k: t for k, t in judged.items() if "times faster" in k}
+    assert len(faster) == 6 and {t["measured"] for t in faster.values()} == {3.5}
+    assert [t["reached"] for t in faster.values()] == [False, True, True, False, True, True]
+    bench_report.print_results(bench.Results(rows), measure.environment(CPU), list(judged.values()))
+    shown = capsys.readouterr().out
+    assert "yes" in shown and "no" in shown

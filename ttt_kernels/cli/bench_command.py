@@ -1,0 +1,118 @@
+"""Arguments of `python -m ttt_kernels bench`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ttt_kernels.cli import bench_report
+from ttt_kernels.cli.arguments import positive_int
+from ttt_kernels.cli.bench import Results, measure_cases
+from ttt_kernels.cli.bench_registry import DTYPES, MODES, OPERATIONS, SHAPES, Case
+from ttt_kernels.cli.bench_suites import SUITES
+from ttt_kernels.cli.errors import UserError, require
+from ttt_kernels.cli.measure import environment
+
+GRID_DEFAULTS = {
+    "op": ["scan"],
+    "shape": ["qwen3-0.6b"],
+    "tokens": [2048],
+    "chunk_size": [64, 256, 1024],
+    "dtype": ["float32"],
+    "mode": list(MODES),
+    "batch": 1,
+    "preserve_row_norm": False,
+}
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="time the operations against the reference",
+        description="Time every implementation of an operation in one interleaved run, with the "
+        "machine's GEMM rate, extra peak memory and the error over the precision contract's budget "
+        "beside each time. docs/benchmarks.md explains the columns.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    impls = sorted({name for op in OPERATIONS.values() for name in op.implementations})
+    grid = parser.add_argument_group("the grid (every combination is measured)")
+    grid.add_argument("--op", nargs="+", choices=OPERATIONS, help="default: scan")
+    grid.add_argument("--shape", nargs="+", choices=SHAPES, help="default: qwen3-0.6b")
+    grid.add_argument("--T", dest="tokens", nargs="+", type=positive_int, help="default: 2048")
+    grid.add_argument("--chunk-size", nargs="+", type=positive_int, help="default: 64 256 1024")
+    grid.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float32")
+    grid.add_argument("--mode", nargs="+", choices=MODES, help="default: both")
+    grid.add_argument("--batch", type=positive_int, help="default: 1")
+    grid.add_argument(
+        "--preserve-row-norm", action="store_const", const=True, help="for the scan"
+    )
+    parser.add_argument("--suite", choices=SUITES, help="a named grid with targets, instead of one")
+    parser.add_argument("--impl", nargs="+", choices=impls, help="default: all there are")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="rounds; default: 5")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; default: cpu")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write JSON lines")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture: time against C")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    console = require("rich.console", "bench").Console(stderr=True)
+    if args.plot:
+        require("matplotlib", "bench")
+    device = check_device(args.device)
+    suite = SUITES[args.suite]() if args.suite else None
+    cases = grid(args) if suite is None else suite_cases(args, suite)
+    results = measure_cases(
+        cases, args.impl, args.repeats, say=lambda text: console.print(text, style="dim")
+    )
+    targets = [] if suite is None else [t.judge(results) for t in suite.targets]
+    report(args, results, environment(device), targets)
+    return 1 if results.refused else 0
+
+
+def check_device(name: str) -> torch.device:
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no usable GPU here")
+    return torch.device(name)
+
+
+def grid(args: argparse.Namespace) -> list[Case]:
+    given = {k: getattr(args, k) for k in GRID_DEFAULTS}
+    g = {k: GRID_DEFAULTS[k] if value is None else value for k, value in given.items()}
+    for op in g["op"]:
+        if g["preserve_row_norm"] and not OPERATIONS[op].row_norm:
+            raise UserError(f"--preserve-row-norm is for --op scan, got --op {op} too")
+    return [
+        Case(
+            op, shape, *SHAPES[shape], tokens=tokens, chunk_size=chunk_size, mode=mode, dtype=dtype,
+            batch=g["batch"], preserve_row_norm=g["preserve_row_norm"], device=args.device,
+        )
+        for op in g["op"]
+        for shape in g["shape"]
+        for tokens in g["tokens"]
+        for dtype in g["dtype"]
+        for chunk_size in g["chunk_size"]
+        for mode in g["mode"]
+    ]  # fmt: skip
+
+
+def suite_cases(args: argparse.Namespace, suite) -> list[Case]:
+    given = [k for k in GRID_DEFAULTS if getattr(args, k) is not None]
+    if given:
+        names = ", ".join("--" + ("T" if k == "tokens" else k.replace("_", "-")) for k in given)
+        raise UserError(f"--suite {args.suite} fixes the grid: it cannot be combined with {names}")
+    if args.device != "cpu":
+        raise UserError(f"--suite {args.suite} is defined for --device cpu, got {args.device}")
+    return list(suite.cases)
+
+
+def report(args: argparse.Namespace, results: Results, where: dict, targets: list[dict]) -> None:
+    bench_report.print_results(results, where, targets)
+    if args.output:
+        bench_report.write_json_lines(args.output, results, where, targets)
+    if args.plot and results.rows:
+        bench_report.plot(args.plot, results, where)

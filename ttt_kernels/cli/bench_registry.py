@@ -1,0 +1,273 @@
+"""What can be benchmarked: operations, shapes and implementations. A new one is a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+import ttt_kernels as ttt
+from ttt_kernels.ops.step_size import reference as step_size_reference
+from ttt_kernels.ops.target import reference as target_reference
+from ttt_kernels.testing import ScanInputs, check_scan, error_ratio, make_inputs
+from ttt_kernels.types import ceil_div, compute_dtype
+
+CONV_TAPS = 5
+MODES = ("fwd", "fwd+bwd")
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+SHAPES = {  # (D, F) of the released backbones
+    "llama-3.1-8b": (4096, 14336),
+    "mistral-7b": (4096, 14336),
+    "qwen3-4b": (2560, 9728),
+    "qwen3-0.6b": (1024, 3072),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem; implementations of it are comparable."""
+
+    op: str
+    shape: str
+    d: int
+    f: int
+    tokens: int
+    chunk_size: int
+    mode: str = "fwd"
+    dtype: str = "float32"
+    batch: int = 1
+    preserve_row_norm: bool = False
+    device: str = "cpu"
+
+    @property
+    def chunks(self) -> int:
+        return ceil_div(self.tokens, self.chunk_size)
+
+    @property
+    def weight_bytes(self) -> int:
+        """One float32 weight, the unit of extra memory."""
+        return 4 * self.d * self.f
+
+    def inputs(self, seed: int = 0) -> ScanInputs:
+        size = (self.batch, self.tokens, self.d, self.f)
+        return make_inputs(*size, dtype=DTYPES[self.dtype], device=self.device, seed=seed)
+
+    def short(self) -> Case:
+        """The same widths and chunks, with just enough tokens for writes, super-chunks, a tail."""
+        tokens = max(2 * self.chunk_size + self.chunk_size // 2, 512)
+        return replace(self, batch=1, tokens=min(self.tokens, tokens))
+
+
+@dataclass(frozen=True)
+class Operands:
+    """`call(*leaves, **options)` is the operation; `dy` is a gradient for its result."""
+
+    leaves: tuple[Tensor, ...]
+    options: dict[str, object]
+    dy: Tensor
+
+    def in_dtype(self, dtype: torch.dtype) -> Operands:
+        leaves = tuple(t.to(dtype) for t in self.leaves)
+        return Operands(leaves, self.options, self.dy.to(compute_dtype(dtype)))
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """`memory(case)` estimates the bytes it needs, so that a hopeless run is not started."""
+
+    call: Callable[..., Tensor]
+    memory: Callable[[Case], int] = lambda case: 0
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A row of the table.
+
+    operands: from a case and its random inputs.
+    flops: (forward, backward) per call, the formulas of the public docstrings.
+    gemms: (m, k, n) of the matrix products it is made of; their best rate is the ceiling.
+    parity: worst error of an implementation over the budget of its precision contract.
+    contract: the contract in plain torch, for `reference_parity`; None = the reference.
+    row_norm: whether preserve_row_norm means anything here.
+    """
+
+    operands: Callable[[Case, ScanInputs], Operands]
+    implementations: Mapping[str, Implementation]
+    flops: Callable[[Case], tuple[int, int]]
+    gemms: Callable[[Case], tuple[tuple[int, int, int], ...]]
+    parity: Callable[[Case, Operation, str], float] = field(
+        default=lambda case, op, impl: reference_parity(case, op, impl)
+    )
+    contract: Callable[..., Tensor] | None = None
+    row_norm: bool = False
+
+
+def run_once(call: Callable[..., Tensor], operands: Operands, mode: str) -> tuple:
+    """The result, and with "fwd+bwd" the gradient of every leaf."""
+    if mode == "fwd":
+        with torch.no_grad():
+            return (call(*operands.leaves, **operands.options),)
+    leaves = [t.detach().requires_grad_() for t in operands.leaves]
+    result = call(*leaves, **operands.options)
+    return (result.detach(), *torch.autograd.grad(result, leaves, operands.dy.to(result.dtype)))
+
+
+def scan_with(impl: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+    """y, or (y, state) where the caller asks for it with `return_state=True`."""
+
+    def call(z, v, w0, **options):
+        y, state = ttt.fast_weight_scan(z, v, w0, impl=impl, **options)
+        return y if state is None else (y, state)
+
+    return call
+
+
+def scan_operands(case: Case, data: ScanInputs) -> Operands:
+    """Writes of a trained model's size: spectral norm 0.3, as one number for all chunks."""
+    steps = ttt.spectral_step_size(data.z, data.v, chunk_size=case.chunk_size, lr=0.3)
+    steps = steps[steps > 0]
+    options = {
+        "chunk_size": case.chunk_size,
+        "step_size": float(steps.median()) if len(steps) else 1.0,
+        "preserve_row_norm": case.preserve_row_norm,
+    }
+    return Operands((data.z, data.v, data.w0), options, data.dy)
+
+
+def scan_reference_memory(case: Case) -> int:
+    """One weight per chunk: the writes, their running sum, the sum with w0; more for gradients."""
+    copies = (3 if case.mode == "fwd" else 5) + (2 if case.preserve_row_norm else 0)
+    itemsize = compute_dtype(DTYPES[case.dtype]).itemsize
+    return copies * case.batch * case.chunks * case.d * case.f * itemsize
+
+
+def scan_parity(case: Case, op: Operation, impl: str) -> float:
+    """Values and gradients against the contract, block by block; see `ttt_kernels.testing`."""
+    case = case.short()
+    data = case.inputs(seed=1)
+    options = op.operands(case, data).options
+    return check_scan(op.implementations[impl].call, data, **options).worst
+
+
+def reference_parity(case: Case, op: Operation, impl: str) -> float:
+    """Values and gradients against the contract, and the reference in float64 as exact."""
+    case = case.short()
+    operands = op.operands(case, case.inputs(seed=1))
+    reference = op.implementations["reference"].call
+    actual = run_once(op.implementations[impl].call, operands, "fwd+bwd")
+    contract = run_once(op.contract or reference, operands, "fwd+bwd")
+    exact = run_once(reference, operands.in_dtype(torch.float64), "fwd+bwd")
+    return max(error_ratio(a, c, e) for a, c, e in zip(actual, contract, exact, strict=True))
+
+
+def whole_projection(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A target with one product for all tokens. The gradient of P sums over them: the reference,
+    chunk by chunk, rounds that long sum less than the contract of one GEMM allows."""
+
+    def contract(u: Tensor, *weights: Tensor, **options) -> Tensor:
+        acc = compute_dtype(u.dtype)
+        *others, proj = (w.to(acc) for w in weights)
+        return (reference(u.to(acc), *others, None, **options) @ proj).to(u.dtype)
+
+    return contract
+
+
+def next_token_operands(case: Case, data: ScanInputs) -> Operands:
+    return Operands((data.x, data.proj), {"chunk_size": case.chunk_size}, data.dy)
+
+
+def conv_operands(case: Case, data: ScanInputs) -> Operands:
+    generator = torch.Generator().manual_seed(2)
+    conv = torch.randn(case.d, 1, CONV_TAPS, generator=generator).to(data.x)
+    return Operands((data.x, conv, data.proj), {"chunk_size": case.chunk_size}, data.dy)
+
+
+def step_operands(**extra: float) -> Callable[[Case, ScanInputs], Operands]:
+    def operands(case: Case, data: ScanInputs) -> Operands:
+        generator = torch.Generator().manual_seed(2)
+        dy = torch.randn(case.batch, case.chunks, generator=generator).to(data.z.device)
+        options = {"chunk_size": case.chunk_size, "lr": 0.3, **extra}
+        return Operands((data.z, data.v), options, dy)
+
+    return operands
+
+
+def per_token(forward: int, backward: int, case: Case) -> tuple[int, int]:
+    tokens = case.batch * case.tokens
+    return forward * tokens, backward * tokens
+
+
+def gram_flops(case: Case) -> tuple[int, int]:
+    forward = 2 * case.chunk_size * (case.d + case.f)
+    return per_token(forward, 3 * forward, case)
+
+
+def gram_gemms(case: Case) -> tuple[tuple[int, int, int], ...]:
+    c = case.chunk_size
+    return (c, case.f, c), (c, case.d, c)
+
+
+def projection_gemms(case: Case) -> tuple[tuple[int, int, int], ...]:
+    return ((case.batch * case.tokens, case.d, case.d),)
+
+
+def gradient_memory(case: Case) -> int:
+    """The chunk gradient G [D, F] in the compute precision; autograd keeps every chunk's."""
+    itemsize = compute_dtype(DTYPES[case.dtype]).itemsize
+    copies = 1 if case.mode == "fwd" else 3 * case.chunks
+    return copies * case.batch * case.d * case.f * itemsize
+
+
+def two(reference: Callable[..., Tensor], eager: Callable[..., Tensor], memory=None) -> dict:
+    of_reference = Implementation(reference, memory) if memory else Implementation(reference)
+    return {"reference": of_reference, "eager": Implementation(eager)}
+
+
+OPERATIONS: dict[str, Operation] = {
+    "scan": Operation(
+        operands=scan_operands,
+        implementations={
+            "reference": Implementation(scan_with("reference"), scan_reference_memory),
+            "eager": Implementation(scan_with("eager")),
+        },
+        flops=lambda c: per_token(4 * c.d * c.f, 10 * c.d * c.f, c),
+        gemms=lambda c: ((c.tokens, c.f, c.d), (c.d, min(c.chunk_size, c.tokens), c.f)),
+        parity=scan_parity,
+        row_norm=True,
+    ),
+    "next_token_target": Operation(
+        operands=next_token_operands,
+        implementations=two(target_reference.next_token_target, ttt.next_token_target),
+        flops=lambda c: per_token(2 * c.d**2, 4 * c.d**2, c),
+        gemms=projection_gemms,
+        contract=whole_projection(target_reference.next_token_target),
+    ),
+    "conv_target": Operation(
+        operands=conv_operands,
+        implementations=two(target_reference.conv_target, ttt.conv_target),
+        flops=lambda c: per_token(
+            2 * c.d**2 + 2 * CONV_TAPS * c.d, 4 * c.d**2 + 4 * CONV_TAPS * c.d, c
+        ),
+        gemms=projection_gemms,
+        contract=whole_projection(target_reference.conv_target),
+    ),
+    "spectral_step_size": Operation(
+        operands=step_operands(),
+        implementations=two(step_size_reference.spectral, ttt.spectral_step_size, gradient_memory),
+        flops=gram_flops,
+        gemms=gram_gemms,
+    ),
+    "clipped_step_size": Operation(
+        operands=step_operands(max_norm=1.0),
+        implementations=two(step_size_reference.clipped, ttt.clipped_step_size, gradient_memory),
+        flops=gram_flops,
+        gemms=gram_gemms,
+    ),
+}

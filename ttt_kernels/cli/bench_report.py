@@ -1,0 +1,169 @@
+"""Benchmark results as a table, JSON lines and a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from ttt_kernels.cli.bench import Results, Row
+from ttt_kernels.cli.bench_registry import Case
+from ttt_kernels.cli.errors import require
+from ttt_kernels.cli.tables import new_table
+
+EXTRA = "bench"
+COLOURS = {"reference": "#8c8c8c", "eager": "#1f77b4", "triton": "#2ca02c", "cuda": "#d62728"}
+
+
+def print_results(results: Results, environment: dict, targets: list[dict]) -> None:
+    console = require("rich.console", EXTRA).Console()
+    console.print(
+        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}",
+        highlight=False,
+    )
+    for rows in problems(results.rows).values():
+        console.print(f"\n[bold]{heading(rows)}[/]", highlight=False)
+        console.print(results_table(rows))
+    for left in results.left:
+        case = left.case
+        console.print(
+            f"{left.kind}: {case.op} {case.shape} C={case.chunk_size} {case.mode} {left.impl}: "
+            f"{left.reason}",
+            style="bold red" if left.kind == "refused" else "yellow",
+            highlight=False,
+        )
+    if targets:
+        console.print("\n[bold]Targets[/]")
+        console.print(targets_table(targets))
+
+
+def problems(rows: Iterable[Row]) -> dict[Case, list[Row]]:
+    """Rows that differ only in chunk size, mode and implementation, together."""
+    groups: dict[Case, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(replace(row.case, chunk_size=1, mode="fwd"), []).append(row)
+    return groups
+
+
+def heading(rows: list[Row]) -> str:
+    case = rows[0].case
+    row_norm = ", row norms preserved" if case.preserve_row_norm else ""
+    return (
+        f"{case.op}, {case.shape} (D {case.d}, F {case.f}), B {case.batch}, T {case.tokens}, "
+        f"{case.dtype}{row_norm}; best GEMM of the run {rows[0].gemm_gflops:.0f} GFLOP/s"
+    )
+
+
+def results_table(rows: list[Row]):
+    names = (
+        "C", "mode", "impl", "ms", "p20-p80", "GFLOP/s", "GEMM", "faster", "MiB", "weights",
+        "error",
+    )  # fmt: skip
+    table = new_table(names, EXTRA, left=3)
+    previous = None
+    for row in rows:
+        if previous is not None and row.case != previous:
+            table.add_section()
+        table.add_row(*cells(row, rows))
+        previous = row.case
+    return table
+
+
+def cells(row: Row, rows: list[Row]) -> list[str]:
+    case = row.case
+    return [
+        str(case.chunk_size), case.mode, row.impl, number(row.milliseconds),
+        f"{number(row.milliseconds_p20)}-{number(row.milliseconds_p80)}", f"{row.gflops:.0f}",
+        f"{row.gemm_share:.0%}", speed_up(row, rows), f"{row.extra_bytes / 2**20:.0f}",
+        f"{row.extra_weights:.1f}", f"{row.error_ratio:.2f}",
+    ]  # fmt: skip
+
+
+def number(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def speed_up(row: Row, rows: Iterable[Row]) -> str:
+    """Times faster than the reference on the same case."""
+    for other in rows:
+        if other.case == row.case and other.impl == "reference":
+            return f"{other.milliseconds / row.milliseconds:.2f}"
+    return "-"
+
+
+def targets_table(targets: list[dict]):
+    table = new_table(("target", "wanted", "measured", "reached"), EXTRA)
+    words = {True: "[green]yes[/]", False: "[red]no[/]", None: "not measured"}
+    for target in targets:
+        value = "-" if target["measured"] is None else f"{target['measured']:.3g}"
+        table.add_row(target["target"], target["wanted"], value, words[target["reached"]])
+    return table
+
+
+def write_json_lines(path: Path, results: Results, environment: dict, targets: list[dict]) -> None:
+    """The environment first, then one line per result, row left out and target."""
+    records = [
+        {"kind": "environment", **environment},
+        *(r.as_record() for r in results.rows),
+        *(x.as_record() for x in results.left),
+        *targets,
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+
+
+def plot(path: Path, results: Results, environment: dict) -> None:
+    """Time against chunk size, one panel per problem and mode, with the time a GEMM would take."""
+    matplotlib = require("matplotlib", EXTRA)
+    matplotlib.use("Agg")
+    pyplot = require("matplotlib.pyplot", EXTRA)
+    panels: dict[Case, list[Row]] = {}
+    for row in results.rows:
+        panels.setdefault(replace(row.case, chunk_size=1), []).append(row)
+    columns = min(len(panels), 2)
+    lines = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(5.6 * columns, 4.2 * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, rows in zip(axes.flat, panels.values(), strict=False):
+        draw_panel(axis, rows)
+    figure.suptitle(
+        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}",
+        fontsize=9,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def draw_panel(axis, rows: list[Row]) -> None:
+    case = rows[0].case
+    for impl in dict.fromkeys(r.impl for r in rows):
+        line = sorted((r for r in rows if r.impl == impl), key=lambda r: r.case.chunk_size)
+        spread = [
+            [r.milliseconds - r.milliseconds_p20 for r in line],
+            [r.milliseconds_p80 - r.milliseconds for r in line],
+        ]
+        axis.errorbar(
+            [r.case.chunk_size for r in line], [r.milliseconds for r in line], spread,
+            marker="o", capsize=3, label=impl, color=COLOURS.get(impl),
+        )  # fmt: skip
+    floor = sorted({(r.case.chunk_size, r.milliseconds * r.gemm_share) for r in rows})
+    axis.plot(*zip(*floor, strict=True), "k--", linewidth=1, label="same FLOPs at the GEMM rate")
+    chunks = sorted({r.case.chunk_size for r in rows})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(chunks, [str(c) for c in chunks])
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("chunk size C (tokens)")
+    axis.set_ylabel("time per call (ms), median, p20 - p80")
+    axis.set_title(
+        f"{case.op} {case.mode}, {case.shape}\n"
+        f"D {case.d}, F {case.f}, T {case.tokens}, {case.dtype}",
+        fontsize=10,
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)

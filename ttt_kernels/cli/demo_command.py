@@ -1,0 +1,164 @@
+"""`python -m ttt_kernels demo`: fast weights in a pretrained model on a real text."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import ttt_kernels as ttt
+from ttt_kernels.cli import demo_picture, demo_report
+from ttt_kernels.cli.arguments import finite_float, positive_int
+from ttt_kernels.cli.bench_command import check_device
+from ttt_kernels.cli.demo_model import Subject, Text, cut_windows, load_subject, load_text
+from ttt_kernels.cli.demo_report import DemoResult
+from ttt_kernels.cli.demo_run import Observer, compare_scan, read
+from ttt_kernels.cli.errors import UserError, require
+from ttt_kernels.cli.measure import environment
+from ttt_kernels.modules.rule import INNER_OPTIMIZERS, TARGET_SOURCES, TARGETS
+from ttt_kernels.patch.config import PROJ_INITS
+
+DEFAULT_LAYERS = 6
+TIMED_ROUNDS = 5
+IMPLEMENTATIONS = 2  # reference and eager, for the length of the progress bar
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="patch a pretrained model and read a real text",
+        description="Patch a model, read a text in windows with fast weights off and on, and "
+        "report parity, cost, loss by position and drift as tables, demo.json and demo.png. "
+        "Without --model and --text: SmolLM2-135M-Instruct (a 93 MB download, once) reads Hamlet.",
+    )
+    data = parser.add_argument_group("what reads what")
+    data.add_argument("--model", metavar="DIR_OR_NAME", help="a Llama, Mistral or Qwen3 model")
+    data.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text")
+    data.add_argument("--window", type=positive_int, default=2048, help="tokens; default: 2048")
+    data.add_argument("--windows", type=positive_int, default=8, help="at most; default: 8")
+    data.add_argument(
+        "--cache", type=Path, default=Path(".cache/ttt_kernels"), metavar="DIR",
+        help="where downloads are kept; default: .cache/ttt_kernels",
+    )  # fmt: skip
+    add_fast_weight_arguments(parser.add_argument_group("fast weights"))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; default: cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of the random gradient (and model)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/demo"), metavar="DIR",
+        help="for demo.json and demo.png; default: outputs/demo",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def add_fast_weight_arguments(group) -> None:
+    group.add_argument("--layers", nargs="+", type=int, help="default: six, evenly spaced")
+    group.add_argument("--chunk-size", type=positive_int, default=128, help="default: 128")
+    group.add_argument("--lr", type=finite_float, default=0.3, help="default: 0.3")
+    group.add_argument("--inner-optimizer", choices=INNER_OPTIMIZERS, default="specnorm")
+    group.add_argument("--max-norm", type=finite_float, help="for --inner-optimizer clip")
+    group.add_argument("--preserve-row-norm", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--target", choices=TARGETS, default="next_token")
+    group.add_argument("--target-source", choices=TARGET_SOURCES, default="hidden_states")
+    group.add_argument("--horizon", type=positive_int, default=1, help="tokens ahead; default: 1")
+    group.add_argument("--proj-init", choices=PROJ_INITS, default="diag_shared")
+
+
+def run(args: argparse.Namespace) -> int:
+    console_type = require("rich.console", "demo").Console
+    require("matplotlib", "demo")
+    console, log = console_type(), console_type(stderr=True)
+    check_sizes(args)
+    device = check_device(args.device)
+    marks: dict[str, str] = {}
+
+    def warn(mark: str, why: str) -> None:
+        marks[mark] = why
+        log.print(f"{mark}: {why}", style="bold yellow", highlight=False)
+
+    log.print("loading the model and the text", style="dim")
+    subject = load_subject(args.model, args.cache, args.window, args.seed, warn)
+    text = load_text(args.text, args.cache, warn)
+    config = make_config(args, subject)
+    result = measure(args, subject, text, config, marks, log, device)
+    args.output.mkdir(parents=True, exist_ok=True)
+    demo_report.write_json(args.output / "demo.json", result)
+    demo_picture.draw(args.output / "demo.png", result)
+    demo_report.print_result(result, console)
+    console.print(f"Written to {args.output}: demo.json, demo.png", highlight=False)
+    return 0 if result.scan.worst <= 1 else 1
+
+
+def check_sizes(args: argparse.Namespace) -> None:
+    if args.chunk_size > args.window:
+        raise UserError(
+            f"--chunk-size must be at most --window ({args.window}), got {args.chunk_size}: "
+            "only a complete chunk is written"
+        )
+    if args.window < 2:
+        raise UserError("--window must be at least 2: a loss needs a next token")
+
+
+def make_config(args: argparse.Namespace, subject: Subject) -> ttt.TTTConfig:
+    layers = args.layers
+    if layers is None:
+        step = max(1, subject.layers // DEFAULT_LAYERS)
+        layers = range(0, subject.layers, step)[:DEFAULT_LAYERS]
+    names = (
+        "chunk_size", "lr", "inner_optimizer", "max_norm", "preserve_row_norm", "target",
+        "target_source", "horizon", "proj_init",
+    )  # fmt: skip
+    try:
+        return ttt.TTTConfig(layers=tuple(layers), **{name: getattr(args, name) for name in names})
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+
+
+def measure(
+    args, subject: Subject, text: Text, config: ttt.TTTConfig, marks: dict[str, str], log, device
+) -> DemoResult:
+    """Off, patch, on, compare; with a progress bar."""
+    progress_type = require("rich.progress", "demo").Progress
+    windows = cut_windows(subject, text, args.window, args.windows).to(device)
+    model = subject.model.to(device)
+    with progress_type(console=log) as progress:
+
+        def bar(title: str, steps: int):
+            task = progress.add_task(title, total=steps)
+            return lambda: progress.advance(task)
+
+        off = read(model, windows, bar("fast weights off", len(windows)))
+        report = patch(model, config)
+        with Observer(model) as observer:
+            on = read(model, windows, bar("fast weights on", len(windows)), observer.trace)
+        middle = config.layers[len(config.layers) // 2]
+        steps = IMPLEMENTATIONS * (1 + 2 * TIMED_ROUNDS)
+        tick = bar("eager against reference", steps)
+        scan = compare_scan(observer.captured[middle], TIMED_ROUNDS, args.seed, tick)
+    log.print(str(report), style="dim", highlight=False)
+    versions = {"ttt_kernels": ttt.__version__, "transformers": require("transformers", "demo")}
+    versions["transformers"] = versions["transformers"].__version__
+    return DemoResult(
+        marks=marks,
+        model={
+            "name": subject.name, "random": subject.random, "family": report.family,
+            "layers": report.num_layers, "hidden_size": report.hidden_size,
+            "intermediate_size": report.intermediate_size,
+            "parameters_added": report.parameters_added,
+        },
+        text={
+            "name": text.name, "fallback": text.fallback, "windows": len(windows),
+            "window": args.window,
+        },
+        config={**asdict(config), "seed": args.seed},
+        environment={**environment(device), **versions},
+        off=off, on=on, traces=observer.traces, scan=scan,
+    )  # fmt: skip
+
+
+def patch(model: torch.nn.Module, config: ttt.TTTConfig):
+    try:
+        return ttt.patch_model(model, config)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"the model cannot be patched: {error}") from error

@@ -1,0 +1,198 @@
+"""`FastWeightMLP`: a gated MLP whose down-projection is read and written while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ttt_kernels.modules.facts import BatchFacts, RowOrder, take_over
+from ttt_kernels.modules.rule import CONV_TAPS, WriteRule
+from ttt_kernels.ops.scan.api import fast_weight_scan
+from ttt_kernels.ops.step_size.api import clipped_step_size, spectral_step_size
+from ttt_kernels.ops.target.api import conv_target, next_token_target
+from ttt_kernels.types import FLOAT_DTYPES
+
+
+class FastWeightLinear(nn.Linear):
+    """The slow weight W0 [D, F], called as a module so that wrappers and sharding hooks see it.
+
+    It shares everything with the `nn.Linear` it is taken from, the parameter objects included.
+    """
+
+    @classmethod
+    def take(cls, linear: nn.Linear) -> FastWeightLinear:
+        new = cls.__new__(cls)
+        new.__dict__ = linear.__dict__
+        return new
+
+    def forward(self, z: Tensor, v: Tensor | None = None, scan: Callable | None = None) -> Tensor:
+        """z [B, T, F], v [B, T, D] -> y [B, T, D], bias added."""
+        if scan is None:
+            raise RuntimeError(
+                "the fast-weight down_proj was called without its MLP: the forward of "
+                "FastWeightMLP has been replaced, and its fast weights would be off silently. "
+                "Apply the other patch before ttt_kernels, or leave these layers out of it"
+            )
+        y = scan(z, v, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+class TargetWeight(nn.Module):
+    """A parameter of the value target, used only inside its own call (see `FastWeightLinear`).
+
+    Deliberately not an `nn.Linear` or `nn.Conv1d`: quantisers and adapters would take it for one,
+    and P is applied as stored, `x @ weight`.
+    """
+
+    def __init__(self, *shape: int, like: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape, device=like.device, dtype=like.dtype))
+
+    def forward(self, u: Tensor, use: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return use(u, self.weight)
+
+    def extra_repr(self) -> str:
+        return "x".join(map(str, self.weight.shape))
+
+
+class FastWeightMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))` with a down-projection that is written chunk by chunk.
+
+        z = act(gate_proj(x)) * up_proj(x)
+        v = target(u)                            u = x or the token embeddings
+        y = fast_weight_scan(z, v, down_proj.weight, step_size=s) + down_proj.bias
+
+    Equivalent to the plain MLP while `ttt_proj` (or `ttt_conv`) is zero, as it is here at first:
+    initialise it before use. Every call starts from the slow weight; nothing is kept in between.
+
+    Args:
+        mlp: a module with `gate_proj`, `up_proj`, `down_proj` (plain `nn.Linear`, or an adapter
+            with such a `base_layer`) and, unless `activation` is given, `act_fn`. It is not
+            modified, except that an adapter's `base_layer` becomes a `FastWeightLinear`; the new
+            module holds the same parameter objects.
+        rule: how it writes.
+        activation: in place of `mlp.act_fn`.
+
+    Attributes:
+        gate_proj, up_proj, down_proj: the slow weights.
+        ttt_proj: P, with `.weight` [D, D] in the dtype of W0; None without `rule.use_proj`.
+        ttt_conv: with `.weight` [D, 1, 5], for `rule.target == "conv"` only.
+
+    Precision: as the ops declare it; operands in the dtype of x.
+    Cost: as `fast_weight_scan`, plus 2 D^2 FLOPs per token for P.
+    Raises:
+        TypeError: a part is missing, or down_proj holds no plain [D, F] weight (quantised).
+        RuntimeError: down_proj.forward is already replaced on the instance.
+
+    Source: TTT-NTP (arXiv 2606.21803), In-Place TTT (arXiv 2604.06169).
+    """
+
+    def __init__(
+        self, mlp: nn.Module, rule: WriteRule, activation: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        linear = slow_linear(mlp)
+        if not isinstance(rule, WriteRule):
+            raise TypeError(f"rule must be a WriteRule, got {type(rule).__name__}")
+        self.rule = rule
+        self.hidden_size, self.intermediate_size = linear.weight.shape
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.act_fn = mlp.act_fn if activation is None else activation
+        replace_slow_linear(self, FastWeightLinear.take(linear))
+        d = self.hidden_size
+        self.ttt_proj = TargetWeight(d, d, like=linear.weight) if rule.use_proj else None
+        if rule.target == "conv":
+            self.ttt_conv = TargetWeight(d, 1, CONV_TAPS, like=linear.weight)
+        self._facts: BatchFacts | None = None
+        self.train(mlp.training)
+
+    def forward(self, x: Tensor, facts: BatchFacts | None = None) -> Tensor:
+        """x [B, T, D] -> y [B, T, D]; `facts` default to those handed over for this call.
+
+        Padding (`facts.valid` False) reads and writes nothing, and y is 0 there.
+        """
+        handed = take_over(self)
+        facts = facts or handed or BatchFacts()
+        u = self._source(x, facts)
+        if facts.valid is not None:
+            rows = RowOrder.of(facts.valid)
+            y = self._scan(rows.front(x), None if u is x else rows.front(u), None)
+            return rows.back(y)
+        if facts.cu_seqlens is not None:
+            flat = (1, x.shape[0] * x.shape[1], x.shape[2])
+            u = None if u is x else u.reshape(flat)
+            return self._scan(x.reshape(flat), u, facts.cu_seqlens).view(x.shape)
+        return self._scan(x, u, None)
+
+    def _source(self, x: Tensor, facts: BatchFacts) -> Tensor:
+        if self.rule.target_source == "hidden_states":
+            return x
+        if facts.embeddings is None:
+            raise RuntimeError(
+                'target_source="input_embed" needs the token embeddings of this call '
+                "(BatchFacts.embeddings), got none: call the MLP through its patched model"
+            )
+        return facts.embeddings
+
+    def _scan(self, x: Tensor, u: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        rule = self.rule
+        chunks = {"chunk_size": rule.chunk_size, "cu_seqlens": cu_seqlens}
+        z = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        v = self._target(x if u is None else u, chunks)
+        step_size = rule.lr
+        if rule.inner_optimizer == "specnorm":
+            step_size = spectral_step_size(z, v, lr=rule.lr, **chunks)
+        elif rule.inner_optimizer == "clip":
+            step_size = clipped_step_size(z, v, lr=rule.lr, max_norm=rule.max_norm, **chunks)
+        scan = partial(
+            _read_and_write, step_size=step_size, preserve=rule.preserve_row_norm, chunks=chunks
+        )
+        return self.down_proj(z, v, scan=scan)
+
+    def _target(self, u: Tensor, chunks: dict) -> Tensor:
+        def target(u: Tensor, proj: Tensor | None) -> Tensor:
+            if self.rule.target == "next_token":
+                return next_token_target(u, proj, horizon=self.rule.horizon, **chunks)
+            return self.ttt_conv(u, lambda u, conv: conv_target(u, conv, proj, **chunks))
+
+        return target(u, None) if self.ttt_proj is None else self.ttt_proj(u, target)
+
+    def extra_repr(self) -> str:
+        return f"rule={self.rule}"
+
+
+def _read_and_write(z, v, w0, *, step_size, preserve, chunks):
+    return fast_weight_scan(z, v, w0, step_size=step_size, preserve_row_norm=preserve, **chunks)[0]
+
+
+def slow_linear(mlp: nn.Module) -> nn.Linear:
+    """The plain `nn.Linear` that holds W0, checked; inside an adapter it is the `base_layer`."""
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        if not isinstance(getattr(mlp, name, None), nn.Module):
+            raise TypeError(f"mlp must have a module {name}, got {type(mlp).__name__} without it")
+    linear = getattr(mlp.down_proj, "base_layer", mlp.down_proj)
+    if type(linear) is not nn.Linear:
+        kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
+        raise TypeError(
+            f"down_proj must be a plain torch.nn.Linear (adapters around one are fine, quantised "
+            f"layers are not), got {kind}"
+        )
+    if linear.weight.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"down_proj.weight must be floating point, got {linear.weight.dtype}")
+    if "forward" in linear.__dict__:
+        raise RuntimeError(
+            "down_proj.forward is already replaced on the instance (tensor parallelism or "
+            "offloading hooks): patch the model before they are installed"
+        )
+    return linear
+
+
+def replace_slow_linear(mlp: nn.Module, linear: nn.Linear) -> None:
+    """Put `linear` where `slow_linear` found its own: `mlp.down_proj`, or inside its adapter."""
+    if hasattr(mlp.down_proj, "base_layer"):
+        mlp.down_proj.base_layer = linear
+    else:
+        mlp.down_proj = linear

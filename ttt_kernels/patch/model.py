@@ -1,0 +1,270 @@
+"""`patch_model` and `unpatch_model`: fast weights in and out of a transformers model, in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ttt_kernels.modules.mlp import (
+    FastWeightMLP,
+    TargetWeight,
+    replace_slow_linear,
+    slow_linear,
+)
+from ttt_kernels.patch.config import PREFIX, TTTConfig
+from ttt_kernels.patch.families import Family, find_decoder, has_class
+from ttt_kernels.patch.hooks import AttentionHook, ModelHook
+from ttt_kernels.types import compute_dtype
+
+INIT_STD = 0.02
+INIT_SEED = 1234567
+_ATTRIBUTE = "_ttt_patch"
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `patch_model` did.
+
+    Args:
+        family: row of the family table.
+        config: the configuration in force.
+        num_layers: decoder layers of the model; `config.layers` of them carry fast weights.
+        hidden_size, intermediate_size: D and F of each fast weight [D, F].
+        dtype: of the slow weights, and of the added parameters.
+        parameters_added: elements of all `ttt_proj` and `ttt_conv` weights together.
+        state_bytes: fast-weight state of one sequence, all layers together (float32; float64 for a
+            float64 model). The backward and each packed sequence hold one per layer at a time.
+    """
+
+    family: str
+    config: TTTConfig
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    dtype: torch.dtype
+    parameters_added: int
+    state_bytes: int
+
+    def __str__(self) -> str:
+        c = self.config
+        dtype = str(self.dtype).removeprefix("torch.")
+        rows = (
+            ("family", f"{self.family}, {dtype}"),
+            ("layers", f"{', '.join(map(str, c.layers))} of {self.num_layers}"),
+            ("fast weight", f"{self.hidden_size} x {self.intermediate_size} per layer"),
+            ("write", f"every {c.chunk_size} tokens, {c.inner_optimizer}, lr {c.lr:g}"
+                      + (f", max_norm {c.max_norm:g}" if c.max_norm is not None else "")),
+            ("target", f"{c.target} of {c.target_source}"
+                       + (f", horizon {c.horizon}" if c.horizon > 1 else "")
+                       + (f", P starts {c.proj_init}" if c.use_proj else ", no P")),
+            ("row norms", "preserved" if c.preserve_row_norm else "free"),
+            ("parameters", f"{self.parameters_added:,} added"),
+            ("state", f"{self.state_bytes / 2**20:.1f} MiB per sequence"),
+        )  # fmt: skip
+        return "\n".join(f"{name:<12}{value}" for name, value in rows)
+
+
+@dataclass(eq=False)
+class _Patch:
+    """All that unpatching needs; kept on the inner model."""
+
+    family: Family
+    originals: dict[int, tuple[nn.Module, nn.Linear]]
+    config_before: dict[str, object]
+    report: PatchReport | None = None
+    hooks: list = field(default_factory=list)
+
+
+def patch_model(model: nn.Module, cfg: TTTConfig | None = None) -> PatchReport:
+    """Give layers of a Llama, Mistral or Qwen3 model fast weights, in place.
+
+    The MLP of each layer in `cfg.layers` is replaced by a `FastWeightMLP` that holds the same
+    parameter objects; classes are untouched, other models are not affected, `state_dict` keys stay
+    as they are and `layers.<i>.mlp.ttt_proj.weight` (and `ttt_conv.weight`) are added. Then:
+
+    - padded batches (2D attention_mask) give each row what it gets alone; the MLP's output is 0 at
+      padding. Packed rows (`cu_seq_lens_q`, or position_ids without a mask) start anew at each
+      sequence;
+    - gradient checkpointing, several threads, `torch.compile(fullgraph=True)`, adapters around the
+      linear layers, copying and pickling work;
+    - there is no streaming yet: a call that does not mention `use_cache` runs without a cache, one
+      that asks for a cache raises, and so does `generate()` without `use_cache=False`.
+
+    Args:
+        model: a `*ForCausalLM`, the inner `*Model`, or a PEFT model around one.
+        cfg: what to do; None reads the `ttt_*` fields of `model.config`. The fields are written to
+            the config either way, so that saving the model keeps them.
+
+    Returns:
+        What was done. Patching again with an equal `cfg` returns the same report and does nothing.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: another family, layers that do not exist, a quantised
+            down_proj, hooks or offloading already on the MLP, another configuration already in
+            force. Nothing has been changed then.
+    """
+    decoder, family = find_decoder(model)
+    if cfg is None:
+        cfg = TTTConfig.from_hf_config(decoder.config)
+    if not isinstance(cfg, TTTConfig):
+        raise TypeError(f"cfg must be a TTTConfig or None, got {type(cfg).__name__}")
+    patch: _Patch | None = decoder.__dict__.get(_ATTRIBUTE)
+    if patch is not None:
+        if patch.report.config != cfg:
+            raise ValueError(
+                f"cfg must equal the configuration already in force (call unpatch_model first), "
+                f"{patch.report.config}, got {cfg}"
+            )
+        return patch.report
+    layers = getattr(decoder, family.layers)
+    originals = {i: _checked_mlp(layers, i, family) for i in _existing(cfg.layers, len(layers))}
+    patch = _Patch(family, originals, _hf_fields_of(decoder))
+    try:
+        added = [_install_layer(decoder, patch, i, cfg) for i in originals]
+        patch.report = _report(decoder, family, cfg, added)
+        _install_hooks(decoder, patch)
+        _set_hf_fields(decoder, cfg.to_hf_fields())
+    except BaseException:
+        _remove(decoder, patch)
+        raise
+    decoder.__dict__[_ATTRIBUTE] = patch
+    return patch.report
+
+
+def unpatch_model(model: nn.Module) -> None:
+    """Undo `patch_model`: the original MLP modules, bit for bit, and the config as it was.
+
+    The slow weights are kept as they are now, training included, and so are adapters that were put
+    around them since. The added parameters (`ttt_proj`, `ttt_conv`) are dropped: save them first if
+    they have been trained.
+
+    Raises:
+        ValueError: the model is not patched.
+        RuntimeError: a patched MLP has been replaced since. Nothing has been changed then.
+    """
+    decoder, family = find_decoder(model)
+    patch: _Patch | None = decoder.__dict__.get(_ATTRIBUTE)
+    if patch is None:
+        raise ValueError(f"model must have been patched by patch_model, got a plain {family.name}")
+    for i in patch.originals:
+        mlp = getattr(getattr(decoder, family.layers)[i], family.mlp)
+        if not isinstance(mlp, FastWeightMLP):
+            raise RuntimeError(
+                f"layer {i} must hold its FastWeightMLP to be unpatched, got {type(mlp).__name__}"
+            )
+    _remove(decoder, patch)
+    del decoder.__dict__[_ATTRIBUTE]
+
+
+def _existing(wanted: tuple[int, ...], count: int) -> tuple[int, ...]:
+    absent = [i for i in wanted if i >= count]
+    if absent:
+        raise ValueError(
+            f"layers must be within 0..{count - 1}, the model has {count} decoder layers, "
+            f"got {absent}"
+        )
+    return wanted
+
+
+def _checked_mlp(layers: nn.ModuleList, i: int, family: Family) -> tuple[nn.Module, nn.Linear]:
+    """Layer i's MLP and the linear layer that holds its W0; raises where it cannot be patched."""
+    layer = layers[i]
+    if not has_class(layer, family.layer_class):
+        raise TypeError(f"layer {i} must be a {family.layer_class}, got {type(layer).__name__}")
+    mlp = getattr(layer, family.mlp)
+    if mlp._forward_hooks or mlp._forward_pre_hooks or hasattr(mlp, "_hf_hook"):
+        raise RuntimeError(
+            f"layer {i}: the MLP carries forward hooks (or offloading hooks), which replacing it "
+            "would lose: patch the model before they are installed"
+        )
+    try:
+        return mlp, slow_linear(mlp)
+    except (TypeError, RuntimeError) as error:
+        raise type(error)(f"layer {i}: {error}") from error
+
+
+def _install_layer(decoder: nn.Module, patch: _Patch, i: int, cfg: TTTConfig) -> int:
+    """Replace layer i's MLP; the number of parameters added."""
+    mlp, _ = patch.originals[i]
+    activation = None
+    if not hasattr(mlp, "act_fn"):  # a class-level replacement (Liger) fuses the activation
+        from transformers.activations import ACT2FN
+
+        activation = ACT2FN[decoder.config.hidden_act]
+    fast = FastWeightMLP(mlp, cfg, activation)
+    if fast.ttt_proj is not None:
+        with torch.no_grad():
+            fast.ttt_proj.weight.copy_(_initial_proj(cfg.proj_init, fast.hidden_size, i))
+    setattr(getattr(decoder, patch.family.layers)[i], patch.family.mlp, fast)
+    return sum(m.weight.numel() for m in fast.modules() if isinstance(m, TargetWeight))
+
+
+def _initial_proj(kind: str, dim: int, layer: int) -> Tensor:
+    """P [D, D] in float32 on the CPU, from generators of its own: the same on every machine."""
+    if kind == "identity":
+        return torch.eye(dim)
+    if kind == "diag_shared":
+        generator = torch.Generator().manual_seed(INIT_SEED)
+        return torch.diag(INIT_STD * torch.randn(dim, generator=generator))
+    generator = torch.Generator().manual_seed(INIT_SEED + layer)
+    return INIT_STD / dim**0.5 * torch.randn(dim, dim, generator=generator)
+
+
+def _report(decoder: nn.Module, family: Family, cfg: TTTConfig, added: list[int]) -> PatchReport:
+    layers = getattr(decoder, family.layers)
+    mlp = getattr(layers[cfg.layers[0]], family.mlp)
+    dtype = getattr(mlp.down_proj, "base_layer", mlp.down_proj).weight.dtype
+    size = mlp.hidden_size * mlp.intermediate_size * compute_dtype(dtype).itemsize
+    return PatchReport(
+        family=family.name,
+        config=cfg,
+        num_layers=len(layers),
+        hidden_size=mlp.hidden_size,
+        intermediate_size=mlp.intermediate_size,
+        dtype=dtype,
+        parameters_added=sum(added),
+        state_bytes=size * len(cfg.layers),
+    )
+
+
+def _install_hooks(decoder: nn.Module, patch: _Patch) -> None:
+    family, cfg = patch.family, patch.report.config
+    for layer in getattr(decoder, family.layers):
+        mlp = getattr(layer, family.mlp)
+        hook = AttentionHook(mlp if isinstance(mlp, FastWeightMLP) else None)
+        attention = getattr(layer, family.attention)
+        patch.hooks.append(
+            attention.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+        )
+    embeddings = family.embeddings if cfg.target_source == "input_embed" else None
+    hook = ModelHook(embeddings, family.layers)
+    patch.hooks.append(decoder.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+
+
+def _remove(decoder: nn.Module, patch: _Patch) -> None:
+    """Undo whatever part of `patch` is in place."""
+    family = patch.family
+    for hook in patch.hooks:
+        hook.remove()
+    for i, (mlp, linear) in patch.originals.items():
+        layer = getattr(decoder, family.layers)[i]
+        fast = getattr(layer, family.mlp)
+        if isinstance(fast, FastWeightMLP):  # adapters may have been put around its parts
+            mlp.gate_proj, mlp.up_proj, mlp.down_proj = fast.gate_proj, fast.up_proj, fast.down_proj
+            mlp.training = linear.training = fast.training
+            setattr(layer, family.mlp, mlp)
+        replace_slow_linear(mlp, linear)
+    _set_hf_fields(decoder, patch.config_before)
+
+
+def _hf_fields_of(decoder: nn.Module) -> dict[str, object]:
+    return {name: value for name, value in vars(decoder.config).items() if name.startswith(PREFIX)}
+
+
+def _set_hf_fields(decoder: nn.Module, fields: dict[str, object]) -> None:
+    for name in _hf_fields_of(decoder):
+        delattr(decoder.config, name)
+    for name, value in fields.items():
+        setattr(decoder.config, name, value)
