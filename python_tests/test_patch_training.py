@@ -154,6 +154,16 @@ def test_compiles_in_one_graph(variant, call):
     torch._dynamo.reset()
 
 
+@torch.no_grad()
+def test_compiles_for_inference():
+    torch._dynamo.reset()
+    model, x = tiny.patched(), tiny.ids(2, 45)
+    want = model(x).logits
+    got = torch.compile(model, fullgraph=True, backend="aot_eager")(x).logits
+    torch.testing.assert_close(got, want)
+    torch._dynamo.reset()
+
+
 def test_compiling_does_not_guess_at_packing():
     """It needs values: an error in one graph, and right where dynamo may leave the graph."""
     torch._dynamo.reset()

@@ -59,6 +59,21 @@ def test_first_chunk_is_the_plain_layer(dtype, preserve):
     assert torch.equal(call()[0][0], linear(z[0].to(acc), w0.to(acc)).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_applied_weight_is_the_state_rounded_once(dtype):
+    """Forward and backward read the same rounded weight; the state itself stays as it was."""
+    call = scan_call(1, 13, chunk=13, dtype=dtype, state=True)
+    z, state = call.tensors["z"], call.tensors["state"]
+    rounded = state.to(dtype).float()
+    assert not torch.equal(rounded, state)
+    z.requires_grad_()
+    y, final = call(step_size=0.0)
+    assert torch.equal(y[0], linear(z[0].float(), rounded[0]).to(dtype)) and torch.equal(final, state)
+    dy = randn(*y.shape, seed=8, dtype=dtype)
+    (dz,) = torch.autograd.grad(y, z, dy)
+    assert torch.equal(dz[0], (dy[0].float() @ rounded[0]).to(dtype))
+
+
 @pytest.mark.parametrize("preserve", [False, True])
 def test_zero_step_is_the_plain_layer(preserve):
     call = exact_call(preserve_row_norm=preserve)

@@ -283,8 +283,13 @@ def test_autocast(name):
 def test_autocast_dtypes_of_the_scan():
     call = scan_call(2, 11, dtype=torch.float32, state=True)
     with torch.autocast("cpu", torch.bfloat16):
-        y, state = call()
-        assert (y.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+        for impl in ("eager", "reference"):
+            y, state = call(impl=impl)
+            assert (y.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+            low = {k: call.tensors[k].bfloat16() for k in ("z", "v", "w0")}
+            with torch.autocast("cpu", enabled=False):
+                want = call(**low, impl=impl)
+            assert torch.equal(y, want[0]) and torch.equal(state, want[1])
         with torch.autocast("cpu", enabled=False):
             assert call()[0].dtype == torch.float32
 

@@ -16,5 +16,6 @@ def new_table(columns: Iterable[str], extra: str, left: int = 1):
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=padding
     )
     for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i < left else "right", no_wrap=True)
+        words = i < left  # may wrap; a number must not
+        table.add_column(name, justify="left" if words else "right", no_wrap=not words)
     return table

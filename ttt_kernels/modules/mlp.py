@@ -102,12 +102,12 @@ class FastWeightMLP(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         self.act_fn = mlp.act_fn if activation is None else activation
         replace_slow_linear(self, FastWeightLinear.take(linear))
-        d = self.hidden_size
-        self.ttt_proj = TargetWeight(d, d, like=linear.weight) if rule.use_proj else None
+        d, w0 = self.hidden_size, linear.weight
+        self.ttt_proj = TargetWeight(d, d, like=w0).train(mlp.training) if rule.use_proj else None
         if rule.target == "conv":
-            self.ttt_conv = TargetWeight(d, 1, CONV_TAPS, like=linear.weight)
+            self.ttt_conv = TargetWeight(d, 1, CONV_TAPS, like=w0).train(mlp.training)
+        self.training = mlp.training
         self._facts: BatchFacts | None = None
-        self.train(mlp.training)
 
     def forward(self, x: Tensor, facts: BatchFacts | None = None) -> Tensor:
         """x [B, T, D] -> y [B, T, D]; `facts` default to those handed over for this call.

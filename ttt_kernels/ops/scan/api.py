@@ -8,7 +8,7 @@ from torch import Tensor
 from ttt_kernels.ops import _checks as check
 from ttt_kernels.ops._library import without_autocast
 from ttt_kernels.ops.scan import reference, validation
-from ttt_kernels.ops.scan.registration import ScanFunction
+from ttt_kernels.ops.scan.registration import ScanFunction, scan_fwd
 
 
 def fast_weight_scan(
@@ -90,7 +90,8 @@ def fast_weight_scan(
     inputs = (z, v, w0, steps, state)
     save_state = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     z, v, w0, steps, state = (None if t is None else t.contiguous() for t in inputs)
-    y, final = ScanFunction.apply(
+    scan = ScanFunction.apply if save_state else scan_fwd
+    y, final = scan(
         z, v, w0, steps, lr, state, cu_seqlens, chunk_size, bool(preserve_row_norm),
         bool(return_state), save_state, impl,
     )  # fmt: skip

@@ -1,0 +1,31 @@
+"""Each operation and implementation at a size a CI machine does in milliseconds.
+
+Speed is measured here, never asserted; what the numbers rest on is asserted (parity). The registry
+is the one of `python -m ttt_kernels bench`.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from ttt_kernels.cli.bench import bind
+from ttt_kernels.cli.bench_registry import MODES, OPERATIONS, Case
+
+pytest.importorskip("pytest_benchmark")
+
+CHUNK_SIZES = (16, 64)
+PAIRS = [(op, impl) for op, row in OPERATIONS.items() for impl in row.implementations]
+
+
+@pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("op", "impl"), PAIRS)
+def test_bench(benchmark, op, impl, mode, chunk_size):
+    case = Case(op, "ci", d=128, f=384, tokens=512, chunk_size=chunk_size, mode=mode)
+    operation = OPERATIONS[op]
+    forward, backward = operation.flops(case)
+    benchmark.group = f"{op} {mode} C={chunk_size}"
+    benchmark.extra_info["gflop"] = (forward + backward * (mode != "fwd")) / 1e9
+    benchmark.extra_info["error_ratio"] = error = operation.parity(case, operation, impl)
+    assert error <= 1
+    benchmark(bind(case, impl, operation, case.inputs()).call)
