@@ -25,18 +25,14 @@ def ntp_call(batch=2, tokens=13, *, proj=True, cu=None, dtype=torch.float64, **o
         tensors["proj"] = randn(D, D, seed=1, dtype=dtype)
     else:
         options["proj"] = None
-    return Call(
-        ttt.next_token_target, tensors, {"chunk_size": C, "cu_seqlens": cu_seqlens, **options}
-    )
+    return Call(ttt.next_token_target, tensors, {"chunk_size": C, "cu_seqlens": cu_seqlens, **options})
 
 
 def conv_call(batch=2, tokens=13, *, taps=5, **options) -> Call:
     call = ntp_call(batch, tokens, **options)
     weight = randn(D, 1, taps, seed=2, dtype=call.tensors["x"].dtype)
     proj = {k: call.tensors[k] for k in call.tensors if k == "proj"}
-    return Call(
-        ttt.conv_target, {"u": call.tensors["x"], "conv_weight": weight, **proj}, call.options
-    )
+    return Call(ttt.conv_target, {"u": call.tensors["x"], "conv_weight": weight, **proj}, call.options)
 
 
 MAKERS = {

@@ -244,6 +244,15 @@ def test_one_dynamic_graph_serves_many_packings():
     assert len(graphs) == 1
 
 
+def test_one_dynamic_graph_serves_many_chunk_sizes():
+    compiled, graphs = counted(inner_loop)
+    for chunk in (4, 5, 7, 11):
+        call = loop_call(2, 33)
+        call.options["chunk_size"] = chunk
+        assert_same(results(Call(compiled, call.tensors, call.options)), results(call))
+    assert len(graphs) == 1
+
+
 def test_dynamic_aot():
     """Symbolic sizes through the fakes of forward and backward."""
     compiled = torch.compile(inner_loop, fullgraph=True, dynamic=True, backend="aot_eager")

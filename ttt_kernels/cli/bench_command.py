@@ -13,7 +13,7 @@ from ttt_kernels.cli.bench import Results, measure_cases
 from ttt_kernels.cli.bench_registry import DTYPES, MODES, OPERATIONS, SHAPES, Case
 from ttt_kernels.cli.bench_suites import SUITES
 from ttt_kernels.cli.errors import UserError, require
-from ttt_kernels.cli.measure import environment
+from ttt_kernels.cli.measure import busy_warning, environment
 
 GRID_DEFAULTS = {
     "op": ["scan"],
@@ -64,11 +64,14 @@ def run(args: argparse.Namespace) -> int:
     device = check_device(args.device)
     suite = SUITES[args.suite]() if args.suite else None
     cases = grid(args) if suite is None else suite_cases(args, suite)
+    where = environment(device)
+    if warning := busy_warning(where):
+        console.print(warning, style="yellow", highlight=False)
     results = measure_cases(
         cases, args.impl, args.repeats, say=lambda text: console.print(text, style="dim")
     )
     targets = [] if suite is None else [t.judge(results) for t in suite.targets]
-    report(args, results, environment(device), targets)
+    report(args, results, where, targets)
     return 1 if results.refused else 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from ttt_kernels.cli.bench import Results, Row
 from ttt_kernels.cli.bench_registry import Case
 from ttt_kernels.cli.errors import require
+from ttt_kernels.cli.measure import machine
 from ttt_kernels.cli.tables import new_table
 
 EXTRA = "bench"
@@ -18,10 +19,7 @@ COLOURS = {"reference": "#8c8c8c", "eager": "#1f77b4", "triton": "#2ca02c", "cud
 
 def print_results(results: Results, environment: dict, targets: list[dict]) -> None:
     console = require("rich.console", EXTRA).Console()
-    console.print(
-        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}",
-        highlight=False,
-    )
+    console.print(machine(environment), highlight=False)
     for rows in problems(results.rows).values():
         console.print(f"\n[bold]{heading(rows)}[/]", highlight=False)
         console.print(results_table(rows))
@@ -131,10 +129,7 @@ def plot(path: Path, results: Results, environment: dict) -> None:
         axis.remove()
     for axis, rows in zip(axes.flat, panels.values(), strict=False):
         draw_panel(axis, rows)
-    figure.suptitle(
-        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}",
-        fontsize=9,
-    )
+    figure.suptitle(machine(environment), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -16,7 +16,7 @@ from ttt_kernels.cli.demo_model import Subject, Text, cut_windows, load_subject,
 from ttt_kernels.cli.demo_report import DemoResult
 from ttt_kernels.cli.demo_run import Observer, compare_scan, read
 from ttt_kernels.cli.errors import UserError, require
-from ttt_kernels.cli.measure import environment
+from ttt_kernels.cli.measure import busy_warning, environment
 from ttt_kernels.modules.rule import INNER_OPTIMIZERS, TARGET_SOURCES, TARGETS
 from ttt_kernels.patch.config import PROJ_INITS
 
@@ -71,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
     console, log = console_type(), console_type(stderr=True)
     check_sizes(args)
     device = check_device(args.device)
+    where = full_environment(device)
+    if warning := busy_warning(where):
+        log.print(warning, style="yellow", highlight=False)
     marks: dict[str, str] = {}
 
     def warn(mark: str, why: str) -> None:
@@ -81,13 +84,18 @@ def run(args: argparse.Namespace) -> int:
     subject = load_subject(args.model, args.cache, args.window, args.seed, warn)
     text = load_text(args.text, args.cache, warn)
     config = make_config(args, subject)
-    result = measure(args, subject, text, config, marks, log, device)
+    result = measure(args, subject, text, config, marks, where, log)
     args.output.mkdir(parents=True, exist_ok=True)
     demo_report.write_json(args.output / "demo.json", result)
     demo_picture.draw(args.output / "demo.png", result)
     demo_report.print_result(result, console)
     console.print(f"Written to {args.output}: demo.json, demo.png", highlight=False)
     return 0 if result.scan.worst <= 1 else 1
+
+
+def full_environment(device: torch.device) -> dict[str, object]:
+    transformers = require("transformers", "demo").__version__
+    return {**environment(device), "ttt_kernels": ttt.__version__, "transformers": transformers}
 
 
 def check_sizes(args: argparse.Namespace) -> None:
@@ -116,10 +124,11 @@ def make_config(args: argparse.Namespace, subject: Subject) -> ttt.TTTConfig:
 
 
 def measure(
-    args, subject: Subject, text: Text, config: ttt.TTTConfig, marks: dict[str, str], log, device
+    args, subject: Subject, text: Text, config: ttt.TTTConfig, marks: dict, where: dict, log
 ) -> DemoResult:
     """Off, patch, on, compare; with a progress bar."""
     progress_type = require("rich.progress", "demo").Progress
+    device = torch.device(args.device)
     windows = cut_windows(subject, text, args.window, args.windows).to(device)
     model = subject.model.to(device)
     with progress_type(console=log) as progress:
@@ -137,8 +146,6 @@ def measure(
         tick = bar("eager against reference", steps)
         scan = compare_scan(observer.captured[middle], TIMED_ROUNDS, args.seed, tick)
     log.print(str(report), style="dim", highlight=False)
-    versions = {"ttt_kernels": ttt.__version__, "transformers": require("transformers", "demo")}
-    versions["transformers"] = versions["transformers"].__version__
     return DemoResult(
         marks=marks,
         model={
@@ -152,7 +159,7 @@ def measure(
             "window": args.window,
         },
         config={**asdict(config), "seed": args.seed},
-        environment={**environment(device), **versions},
+        environment=where,
         off=off, on=on, traces=observer.traces, scan=scan,
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from ttt_kernels.cli.bench_report import COLOURS
 from ttt_kernels.cli.demo_report import DemoResult
 from ttt_kernels.cli.errors import require
+from ttt_kernels.cli.measure import machine
 
 EXTRA = "demo"
 OFF, ON = "#8c8c8c", "#d95f02"
@@ -29,12 +30,12 @@ def draw(path: Path, result: DemoResult) -> None:
 
 
 def heading(result: DemoResult) -> str:
-    m, t, c, e = result.model, result.text, result.config, result.environment
+    m, t, c = result.model, result.text, result.config
     lines = [
         f"{m['name']} reading {t['name']}: {t['windows']} windows of {t['window']} tokens",
         f"fast weights in layers {', '.join(map(str, c['layers']))}; chunk {c['chunk_size']}, "
         f"{c['inner_optimizer']}, lr {c['lr']:g}; projection untrained ({c['proj_init']})",
-        f"{e['device']}, {e['threads']} threads, torch {e['torch']}",
+        machine(result.environment),
     ]
     return "\n".join([*result.marks, *lines])
 

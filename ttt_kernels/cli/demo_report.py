@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ttt_kernels.cli.demo_run import LayerTrace, Pass, ScanComparison
+from ttt_kernels.cli.measure import machine
 from ttt_kernels.cli.tables import new_table
 
 EXTRA = "demo"
@@ -106,12 +107,12 @@ def write_json(path: Path, result: DemoResult) -> None:
 def print_result(result: DemoResult, console) -> None:
     for mark, why in result.marks.items():
         console.print(f"{mark}: {why}", style="bold yellow", highlight=False)
-    m, t, e = result.model, result.text, result.environment
+    m, t = result.model, result.text
     console.print(
         f"\n[bold]{m['name']}[/]\n"
         f"{m['family']}, {m['layers']} layers, D {m['hidden_size']}, F {m['intermediate_size']}; "
         f"reads {t['windows']} windows of {t['window']} tokens of {t['name']}\n"
-        f"{e['device']}, {e['threads']} threads, torch {e['torch']}",
+        f"{machine(result.environment)}",
         highlight=False,
     )
     scan = result.scan

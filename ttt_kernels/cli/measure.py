@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+BUSY = 0.7  # processes that wanted a core during the last minute, before this one started
+
 
 @dataclass
 class Timing:
@@ -120,14 +122,30 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    """Hardware and versions, for every table, JSON file and picture."""
+    """Hardware and versions, for every table, JSON file and picture. Call it before measuring."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "load_before": os.getloadavg()[0],
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def machine(environment: Mapping[str, object]) -> str:
+    """The environment in one line."""
+    threads = environment["threads"]
+    plural = "" if threads == 1 else "s"
+    return f"{environment['device']}, {threads} thread{plural}, torch {environment['torch']}"
+
+
+def busy_warning(environment: Mapping[str, object]) -> str | None:
+    """Threads of one product wait for each other: one busy neighbour can cost a factor of ten."""
+    load = environment["load_before"]
+    if load < BUSY:
+        return None
+    return f"load average {load:.1f} before the start: on a busy machine no time can be trusted"
 
 
 def device_name(device: torch.device) -> str:
