@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -34,27 +35,39 @@ def add_parser(commands) -> None:
         description="Time every implementation of an operation in one interleaved run, with the "
         "machine's GEMM rate, extra peak memory and the error over the precision contract's budget "
         "beside each time. docs/benchmarks.md explains the columns.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     impls = sorted({name for op in OPERATIONS.values() for name in op.implementations})
     grid = parser.add_argument_group("the grid (every combination is measured)")
-    grid.add_argument("--op", nargs="+", choices=OPERATIONS, help="default: scan")
-    grid.add_argument("--shape", nargs="+", choices=SHAPES, help="default: qwen3-0.6b")
-    grid.add_argument("--T", dest="tokens", nargs="+", type=positive_int, help="default: 2048")
-    grid.add_argument("--chunk-size", nargs="+", type=positive_int, help="default: 64 256 1024")
-    grid.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float32")
-    grid.add_argument("--mode", nargs="+", choices=MODES, help="default: both")
-    grid.add_argument("--batch", type=positive_int, help="default: 1")
-    grid.add_argument(
-        "--preserve-row-norm", action="store_const", const=True, help="for the scan"
-    )
+    for flag, names, default in (
+        ("--op", OPERATIONS, "scan"),
+        ("--shape", SHAPES, "qwen3-0.6b"),
+        ("--dtype", DTYPES, "float32"),
+        ("--mode", MODES, "both"),
+    ):
+        grid.add_argument(flag, **several(names, default))
+    grid.add_argument("--T", dest="tokens", metavar="T", nargs="+", type=positive_int,
+                      help="tokens; default: 2048")  # fmt: skip
+    grid.add_argument("--chunk-size", metavar="C", nargs="+", type=positive_int,
+                      help="default: 64 256 1024")  # fmt: skip
+    grid.add_argument("--batch", metavar="B", type=positive_int, help="default: 1")
+    grid.add_argument("--preserve-row-norm", action="store_const", const=True, help="for the scan")
     parser.add_argument("--suite", choices=SUITES, help="a named grid with targets, instead of one")
-    parser.add_argument("--impl", nargs="+", choices=impls, help="default: all there are")
-    parser.add_argument("--repeats", type=positive_int, default=5, help="rounds; default: 5")
+    parser.add_argument("--impl", **several(impls, "all there are"))
+    parser.add_argument("--repeats", metavar="N", type=positive_int, default=5, help="rounds; default: 5")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; default: cpu")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write JSON lines")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture: time against C")
     parser.set_defaults(run=run)
+
+
+def several(names: Iterable[str], default: str) -> dict[str, object]:
+    """Options of an argument that takes some of `names`."""
+    return {
+        "nargs": "+",
+        "choices": tuple(names),
+        "metavar": "NAME",
+        "help": f"of {', '.join(names)}; default: {default}",
+    }
 
 
 def run(args: argparse.Namespace) -> int:

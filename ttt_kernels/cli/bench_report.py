@@ -152,7 +152,7 @@ def draw_panel(axis, rows: list[Row]) -> None:
     chunks = sorted({r.case.chunk_size for r in rows})
     axis.set_xscale("log", base=2)
     axis.set_xticks(chunks, [str(c) for c in chunks])
-    axis.set_ylim(bottom=0)
+    axis.set_yscale("log")
     axis.set_xlabel("chunk size C (tokens)")
     axis.set_ylabel("time per call (ms), median, p20 - p80")
     axis.set_title(
@@ -160,5 +160,5 @@ def draw_panel(axis, rows: list[Row]) -> None:
         f"D {case.d}, F {case.f}, T {case.tokens}, {case.dtype}",
         fontsize=10,
     )
-    axis.grid(alpha=0.3)
+    axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)

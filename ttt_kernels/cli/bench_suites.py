@@ -73,7 +73,7 @@ def foundation() -> Suite:
         ),
         *(
             Target(
-                f"{mode}, C = {c}: times faster than the released formula", limit, True,
+                f"{mode}, C = {c}: speed-up over the reference", limit, True,
                 ratio(("reference", mode, c), ("eager", mode, c)),
             )
             for mode, limits in wanted.items()

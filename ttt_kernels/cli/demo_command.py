@@ -36,8 +36,8 @@ def add_parser(commands) -> None:
     data = parser.add_argument_group("what reads what")
     data.add_argument("--model", metavar="DIR_OR_NAME", help="a Llama, Mistral or Qwen3 model")
     data.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text")
-    data.add_argument("--window", type=positive_int, default=2048, help="tokens; default: 2048")
-    data.add_argument("--windows", type=positive_int, default=8, help="at most; default: 8")
+    data.add_argument("--window", metavar="T", type=positive_int, default=2048, help="tokens; default: 2048")
+    data.add_argument("--windows", metavar="N", type=positive_int, default=8, help="at most; default: 8")
     data.add_argument(
         "--cache", type=Path, default=Path(".cache/ttt_kernels"), metavar="DIR",
         help="where downloads are kept; default: .cache/ttt_kernels",
@@ -53,8 +53,8 @@ def add_parser(commands) -> None:
 
 
 def add_fast_weight_arguments(group) -> None:
-    group.add_argument("--layers", nargs="+", type=int, help="default: six, evenly spaced")
-    group.add_argument("--chunk-size", type=positive_int, default=128, help="default: 128")
+    group.add_argument("--layers", metavar="I", nargs="+", type=int, help="default: six, evenly spaced")
+    group.add_argument("--chunk-size", metavar="C", type=positive_int, default=128, help="default: 128")
     group.add_argument("--lr", type=finite_float, default=0.3, help="default: 0.3")
     group.add_argument("--inner-optimizer", choices=INNER_OPTIMIZERS, default="specnorm")
     group.add_argument("--max-norm", type=finite_float, help="for --inner-optimizer clip")

@@ -64,7 +64,8 @@ def fast_weight_scan(
     Cost: 4 D F FLOPs per token forward, 10 D F backward, and about 8 D F / max(C, S*) bytes of state
         traffic per token (`ops/scan/heuristics.py`). Extra memory: one float32 weight forward (one
         per sequence where gradients are needed), three in the backward, whatever T and C.
-    Limits: one derivative (the reference has more). Causality holds for finite values: where several
+    Limits: one derivative (the reference has more); under `create_graph=True` a gradient that does not
+        depend on y comes back without a graph. Causality holds for finite values: where several
         short chunks are computed together, a NaN in one reaches the outputs of its neighbours.
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
