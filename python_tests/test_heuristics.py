@@ -7,12 +7,9 @@ import torch
 from helpers import randn, scan_call
 
 import ttt_kernels as ttt
+from ttt_kernels.ops._implementations import choose_implementation
 from ttt_kernels.ops.scan import eager
-from ttt_kernels.ops.scan.heuristics import (
-    BALANCE,
-    choose_implementation,
-    super_chunk,
-)
+from ttt_kernels.ops.scan.heuristics import BALANCE, super_chunk
 
 SHAPES = [(1024, 3072), (2560, 9728), (4096, 14336), (576, 1536), (16, 24), (7, 5000)]
 CHUNKS = [1, 3, 64, 100, 256, 1024, 4096]

@@ -7,6 +7,7 @@ import torch
 from helpers import C, Call, D, F, assert_close, gradients, randn, results, scan_call
 
 import ttt_kernels as ttt
+from ttt_kernels.ops import _gemm
 from ttt_kernels.ops.scan import eager, eager_bwd
 from ttt_kernels.ops.scan import reference as scan_reference
 
@@ -86,7 +87,7 @@ def test_weight_shapes(d, f, block_length):
 def test_tiles(token_tile, row_tile, monkeypatch):
     """Long chunks are handled in tiles of tokens, weights in tiles of rows."""
     monkeypatch.setattr(eager, "TOKEN_TILE", token_tile)
-    monkeypatch.setattr(eager, "ROW_TILE", row_tile)
+    monkeypatch.setattr(_gemm, "ROW_TILE", row_tile)
     set_block_length(monkeypatch, 1)
     for options in FLAGS:
         compare(scan_call(2, 39, chunk=11, **flags(*options)))

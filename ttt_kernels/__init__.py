@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "fast_weight_scan": "ttt_kernels.ops.scan.api",
+    "fast_weight_apply": "ttt_kernels.ops.step.api",
+    "fast_weight_update_": "ttt_kernels.ops.step.api",
     "next_token_target": "ttt_kernels.ops.target.api",
     "conv_target": "ttt_kernels.ops.target.api",
     "spectral_step_size": "ttt_kernels.ops.step_size.api",

@@ -112,7 +112,7 @@ def _torch_query() -> list[str]:
 
 
 def _automatic_choices() -> dict[str, tuple[str, str]]:
-    from ttt_kernels.ops.scan.heuristics import choose_implementation
+    from ttt_kernels.ops._implementations import choose_implementation
 
     asked = _config.default_implementation()
     if asked != "auto":

@@ -152,7 +152,7 @@ def draw_panel(axis, rows: list[Row]) -> None:
     chunks = sorted({r.case.chunk_size for r in rows})
     axis.set_xscale("log", base=2)
     axis.set_xticks(chunks, [str(c) for c in chunks])
-    axis.set_yscale("log")
+    log_time_axis(axis, [r.milliseconds for r in rows])
     axis.set_xlabel("chunk size C (tokens)")
     axis.set_ylabel("time per call (ms), median, p20 - p80")
     axis.set_title(
@@ -162,3 +162,12 @@ def draw_panel(axis, rows: list[Row]) -> None:
     )
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
+
+
+def log_time_axis(axis, milliseconds: list[float]) -> None:
+    """Ticks at 1, 2 and 5 in plain numbers, over a range wide enough to hold some of them."""
+    axis.set_yscale("log")
+    axis.set_ylim(min(milliseconds) / 2, max(milliseconds) * 2)
+    axis.yaxis.set_minor_locator(require("matplotlib.ticker", EXTRA).LogLocator(subs=(2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")

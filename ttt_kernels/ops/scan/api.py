@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ttt_kernels.ops import _checks as check
+from ttt_kernels.ops._implementations import resolve_implementation
 from ttt_kernels.ops._library import without_autocast
 from ttt_kernels.ops.scan import reference, validation
 from ttt_kernels.ops.scan.registration import ScanFunction, scan_fwd
@@ -80,7 +81,7 @@ def fast_weight_scan(
     check.check_cu_seqlens(cu_seqlens, z.shape[0])
     steps, lr = validation.check_step_size(step_size, z, chunk_size, cu_seqlens is not None)
     validation.check_state(state, z, w0, cu_seqlens)
-    impl = validation.resolve_implementation(impl, z.device)
+    impl = resolve_implementation(impl, z.device, "fast_weight_scan")
     if impl == "reference":
         validation.check_packed_steps(steps, z.shape[1], chunk_size, cu_seqlens)
         y, final = without_autocast(reference.scan)(

@@ -18,9 +18,7 @@ else dY' = dY and c = 0. In a super-chunk, chunk k reads W_k = W + (writes befor
 -diag(c_k) W_k of its norm reaches those writes too. With cbar_j = sum_{k >= j} c_k most of it folds
 into dY'' = dY' - cbar (sV); what is left is one same-chunk term in dZ and one in d(sV).
 
-Low-precision operands are raised to float32 around the library GEMM: the same contract, and two
-orders of magnitude faster on a CPU without native matrix units. The applied weight is the state
-rounded to z.dtype.
+Low-precision operands are raised to float32 around the library GEMM (`ops/_gemm.py`).
 """
 
 from __future__ import annotations
@@ -32,11 +30,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ttt_kernels.ops._gemm import apply_rounded, apply_rounded_transposed
 from ttt_kernels.ops.scan.heuristics import TOKEN_TILE, super_chunk
 from ttt_kernels.types import Span, compute_dtype, sequence_spans
 
 NORM_FLOOR = 1e-5
-ROW_TILE = 256  # rows of a weight handled at a time where a temporary of the whole would cost memory
 
 
 @dataclass(frozen=True)
@@ -128,27 +126,12 @@ class Operands:
             weight.addmm_(self.scaled(block, t).t(), self.keys(block, t), alpha=sign)
 
     def apply(self, keys: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-        """keys @ round(W)^T; the rounded weight is made a few rows at a time."""
-        if self.z.dtype == self.acc:
-            return torch.mm(keys, weight.t(), out=out)
-        out = keys.new_empty(len(keys), len(weight)) if out is None else out
-        for rows in row_tiles(weight):
-            out[:, rows] = keys @ weight[rows].to(self.z.dtype).to(self.acc).t()
-        return out
+        """keys @ round(W)^T."""
+        return apply_rounded(keys, weight, self.z.dtype, out)
 
     def apply_transposed(self, dy: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """dy @ round(W): the gradient of `apply` with respect to the keys."""
-        if self.z.dtype == self.acc:
-            return torch.mm(dy, weight, out=out)
-        out = dy.new_zeros(len(dy), weight.shape[1])
-        for rows in row_tiles(weight):
-            out.addmm_(dy[:, rows], weight[rows].to(self.z.dtype).to(self.acc))
-        return out
-
-
-def row_tiles(weight: Tensor) -> Iterator[slice]:
-    for a in range(0, len(weight), ROW_TILE):
-        yield slice(a, min(a + ROW_TILE, len(weight)))
+        return apply_rounded_transposed(dy, weight, self.z.dtype, out)
 
 
 def initial_state(w0: Tensor, state: Tensor | None, span: Span, acc: torch.dtype) -> Tensor:

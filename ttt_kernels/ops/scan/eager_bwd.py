@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ttt_kernels.ops._gemm import row_tiles
 from ttt_kernels.ops.scan.eager import (
     NORM_FLOOR,
     Block,
@@ -15,7 +16,6 @@ from ttt_kernels.ops.scan.eager import (
     blocks_of,
     initial_state,
     row_scale,
-    row_tiles,
     square_norm,
 )
 from ttt_kernels.ops.scan.heuristics import super_chunk

@@ -32,10 +32,3 @@ def super_chunk(chunk_size: int, d: int, f: int, device_type: str) -> int:
     balance = BALANCE.get(device_type, BALANCE["cuda"])
     best = math.sqrt(4 * d * f * balance / (d + f)) if d and f else 1
     return chunk_size * max(1, round(best / chunk_size))
-
-
-def choose_implementation(device_type: str) -> tuple[str, str]:
-    """What `impl="auto"` means on a device type, and why."""
-    if device_type == "cpu":
-        return "eager", "library GEMMs on one float32 state are the CPU implementation"
-    return "eager", f"no fused kernel is available for {device_type} yet; eager runs on any device"

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ttt_kernels import _config
 from ttt_kernels.ops import _checks as check
-from ttt_kernels.ops.scan.heuristics import choose_implementation
 from ttt_kernels.types import ceil_div, chunk_count, compute_dtype
-
-IMPLEMENTATIONS = ("auto", "reference", "eager", "triton", "cuda")
 
 
 def check_operands(z: Tensor, v: Tensor, w0: Tensor) -> None:
@@ -74,19 +69,3 @@ def check_state(state: object, z: Tensor, w0: Tensor, cu_seqlens: Tensor | None)
         )
     check.check_device("state", state, "z", z)
     return state
-
-
-def resolve_implementation(impl: str, device: torch.device) -> str:
-    """A name that can run here. An explicit one never falls back."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    if impl == "auto":
-        impl = _config.default_implementation()
-    if impl == "auto":
-        impl, _ = choose_implementation(device.type)
-    if impl in ("triton", "cuda"):
-        raise NotImplementedError(
-            f"impl={impl!r}: this version of ttt_kernels has no {impl} kernels for fast_weight_scan; "
-            "use impl='eager' or 'auto'"
-        )
-    return impl

@@ -1,0 +1,87 @@
+"""The step as torch ops and one autograd Function; conventions as in `ops/scan/registration.py`.
+
+`step_update` is declared as writing its first argument and returns nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ttt_kernels.ops._library import register_op
+from ttt_kernels.ops.step import eager
+from ttt_kernels.ops.step.validation import read_slots
+
+APPLY = {"eager": (eager.apply, eager.apply_backward)}
+UPDATE = {"eager": eager.update_}
+
+
+def _apply(z, weight, row_scale, slots, impl):
+    return APPLY[impl][0](z, weight, row_scale, read_slots(slots, len(weight), distinct=False))
+
+
+def _apply_fake(z, weight, row_scale, slots, impl):
+    return z.new_empty(z.shape[0], z.shape[1], weight.shape[1])
+
+
+def _apply_backward(dy, z, weight, row_scale, slots, need_pool, impl):
+    places = read_slots(slots, len(weight), distinct=False)
+    return APPLY[impl][1](dy, z, weight, row_scale, places, need_pool)
+
+
+def _apply_backward_fake(dy, z, weight, row_scale, slots, need_pool, impl):
+    scale = (0,) if row_scale is None or not need_pool else row_scale.shape
+    pool = weight.shape if need_pool else (0,)
+    return z.new_empty(z.shape), weight.new_empty(pool), weight.new_empty(scale)
+
+
+def _update(weight, z, v, step_size, lr, slots, impl):
+    UPDATE[impl](weight, z, v, step_size, lr, read_slots(slots, len(weight), distinct=True))
+
+
+def _update_fake(weight, z, v, step_size, lr, slots, impl):
+    return None
+
+
+step_apply = register_op(
+    "step_apply(Tensor z, Tensor weight, Tensor? row_scale, Tensor? slots, str impl) -> Tensor",
+    _apply,
+    _apply_fake,
+)
+step_apply_bwd = register_op(
+    "step_apply_bwd(Tensor dy, Tensor z, Tensor weight, Tensor? row_scale, Tensor? slots, "
+    "bool need_pool, str impl) -> (Tensor, Tensor, Tensor)",
+    _apply_backward,
+    _apply_backward_fake,
+)
+step_update = register_op(
+    "step_update(Tensor(a!) weight, Tensor z, Tensor v, Tensor? step_size, float lr, "
+    "Tensor? slots, str impl) -> ()",
+    _update,
+    _update_fake,
+)
+
+
+class ApplyFunction(torch.autograd.Function):
+    """Arguments and result of `step_apply`. One derivative: the backward is not differentiable."""
+
+    @staticmethod
+    def forward(*args):
+        return step_apply(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        z, weight, row_scale, slots, ctx.impl = inputs
+        ctx.save_for_backward(z, weight, row_scale, slots)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        z, weight, row_scale, slots = ctx.saved_tensors
+        need_pool = any(ctx.needs_input_grad[1:3])
+        dz, dweight, dscale = step_apply_bwd(
+            dy.contiguous(), z, weight, row_scale, slots, need_pool, ctx.impl
+        )
+        if not need_pool:
+            dweight = dscale = None
+        return dz, dweight, None if row_scale is None else dscale, None, None
