@@ -47,9 +47,10 @@ def problems(rows: Iterable[Row]) -> dict[Case, list[Row]]:
 def heading(rows: list[Row]) -> str:
     case = rows[0].case
     row_norm = ", row norms preserved" if case.preserve_row_norm else ""
+    gemm = max(row.gemm_gflops for row in rows)
     return (
         f"{case.op}, {case.shape} (D {case.d}, F {case.f}), B {case.batch}, T {case.tokens}, "
-        f"{case.dtype}{row_norm}; best GEMM of the run {rows[0].gemm_gflops:.0f} GFLOP/s"
+        f"{case.dtype}{row_norm}; best GEMM of the run {gemm:.0f} GFLOP/s"
     )
 
 
