@@ -9,17 +9,21 @@ from __future__ import annotations
 import pytest
 
 from ttt_kernels.cli.bench import bind
-from ttt_kernels.cli.bench_registry import MODES, OPERATIONS, Case
+from ttt_kernels.cli.bench_registry import OPERATIONS, Case
 
 pytest.importorskip("pytest_benchmark")
 
 CHUNK_SIZES = (16, 64)
-PAIRS = [(op, impl) for op, row in OPERATIONS.items() for impl in row.implementations]
+TRIPLES = [
+    (op, impl, mode)
+    for op, row in OPERATIONS.items()
+    for impl in row.implementations
+    for mode in row.modes
+]
 
 
 @pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("op", "impl"), PAIRS)
+@pytest.mark.parametrize(("op", "impl", "mode"), TRIPLES)
 def test_bench(benchmark, op, impl, mode, chunk_size):
     case = Case(op, "ci", d=128, f=384, tokens=512, chunk_size=chunk_size, mode=mode)
     operation = OPERATIONS[op]

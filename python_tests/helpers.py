@@ -76,6 +76,28 @@ def scan_call(
     )
 
 
+def apply_call(
+    batch: int = 3,
+    tokens: int = 5,
+    *,
+    slots: list[int] | None = None,
+    pool: int | None = None,
+    dtype: torch.dtype = torch.float64,
+    scale: bool = False,
+    **options,
+) -> Call:
+    """`fast_weight_apply` on random data; without slots the pool has one weight per row."""
+    acc, pool = compute_dtype(dtype), pool or batch
+    tensors = {
+        "z": randn(batch, tokens, F, dtype=dtype),
+        "weight": randn(pool, D, F, seed=2, dtype=acc),
+    }
+    if scale:
+        tensors["row_scale"] = randn(pool, D, seed=3, dtype=acc)
+    where = None if slots is None else torch.tensor(slots)
+    return Call(ttt.fast_weight_apply, tensors, {"slots": where, **options})
+
+
 def gradients(outputs: list[Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """d<name> of every leaf, for random output gradients that depend on position and shape only."""
     directions = [randn(*t.shape, seed=50 + i, dtype=t.dtype) for i, t in enumerate(outputs)]

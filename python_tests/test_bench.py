@@ -92,8 +92,9 @@ def test_calls_are_interleaved():
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_every_operation_is_measured(op):
     results = bench.measure_cases(cases(op), None, 1)
-    assert not results.left
-    assert len(results.rows) == len(cases()) * len(OPERATIONS[op].implementations)
+    possible = [c for c in cases() if c.mode in OPERATIONS[op].modes]
+    assert {x.reason for x in results.left} <= {f"{op} has no gradient"}
+    assert len(results.rows) == len(possible) * len(OPERATIONS[op].implementations)
     for row in results.rows:
         assert row.gflops > 0 and row.gemm_gflops > 0 and row.error_ratio <= 1
     ceilings = {(row.case.chunk_size, row.gemm_gflops) for row in results.rows}

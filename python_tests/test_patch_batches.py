@@ -1,11 +1,9 @@
-"""Patched models on every kind of batch: padded, packed, embedded; caches are refused."""
+"""Patched models on every kind of batch: padded, packed, embedded."""
 
 import pytest
 import tiny_models as tiny
 import torch
 from torch import Tensor
-
-import ttt_kernels as ttt
 
 VARIANTS = {
     "sgd": {},
@@ -105,21 +103,12 @@ def test_generates_without_a_cache(family):
     assert torch.equal(both[:, x.shape[1] :], torch.stack(singles))
 
 
-def test_caches_are_refused():
-    from transformers import DynamicCache
-
+def test_caches_are_the_models_own_choice():
+    """As without the patch: made in eval mode by default, left out in training."""
     model, x = tiny.patched(), tiny.ids(1, 12)
-    assert model(x).past_key_values is None
-    with pytest.raises(NotImplementedError, match=r"use_cache=False \(use_cache=True was given\)"):
-        model(x, use_cache=True)
-    with pytest.raises(NotImplementedError, match=r"use_cache=False \(past_key_values was given\)"):
-        model(x, past_key_values=DynamicCache())
-    with pytest.raises(NotImplementedError, match=r"\(cache was given: continuous batching\)"):
-        model.model(x, cache=object())
-    with pytest.raises(NotImplementedError, match="generate.* with use_cache=False"):
-        model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=2)
-    ttt.unpatch_model(model)
-    assert model(x).past_key_values is not None
+    assert model(x).past_key_values.get_seq_length() == 12
+    assert model(x, use_cache=False).past_key_values is None
+    assert model.train()(x).past_key_values is None
 
 
 def test_batches_that_cannot_be_read_are_refused():

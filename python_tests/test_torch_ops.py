@@ -4,7 +4,9 @@ import itertools
 
 import pytest
 import torch
-from helpers import C, Call, assert_close, assert_same, randn, results, scan_call
+from helpers import C, Call, apply_call, assert_close, assert_same, randn, results, scan_call
+from test_ridge import ridge_samples
+from test_step import step_samples
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,6 +59,9 @@ def all_calls(dtype=torch.float64) -> dict[str, Call]:
             calls[name] = target_op(kind, proj=proj, packed=packed, dtype=dtype)
         for rule in ("spectral", "clipped"):
             calls[f"{rule}_{where}"] = step_op(rule, packed=packed, dtype=dtype)
+    calls["apply"] = apply_call(dtype=dtype)
+    calls["apply_shared"] = apply_call(pool=1, dtype=dtype, scale=True)
+    calls["apply_slots"] = apply_call(slots=[4, 0, 4], pool=6, dtype=dtype, scale=True)
     return calls
 
 
@@ -124,7 +129,8 @@ def test_opcheck_dispatch(samples):
 def test_every_raw_op_is_checked():
     names = {n.partition("::")[2].partition(".")[0] for n in torch._C._dispatch_get_all_op_names()
              if n.startswith("ttt_kernels::")}  # fmt: skip
-    checked = {n for s in (scan_samples, other_samples) for n, _ in s(torch.float32)}
+    everything = (scan_samples, other_samples, step_samples, ridge_samples)
+    checked = {n for s in everything for n, _ in s(torch.float32)}
     assert names == checked
 
 
@@ -139,8 +145,8 @@ def test_meta_shapes_through_the_public_op(name):
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         with mode:
             changes = {k: mode.from_tensor(t, static_shapes=True) for k, t in call.tensors.items()}
-            cu = call.options.get("cu_seqlens")
-            fake = call(**changes, cu_seqlens=None if cu is None else mode.from_tensor(cu))
+            others = {k: t for k, t in call.options.items() if isinstance(t, torch.Tensor)}
+            fake = call(**changes, **{k: mode.from_tensor(t) for k, t in others.items()})
         real, fake = ((r,) if isinstance(r, torch.Tensor) else r for r in (real, fake))
         for a, b in zip(real, fake, strict=True):
             if a is None:
@@ -274,12 +280,13 @@ def test_changing_step_size_while_compiled():
 
 @pytest.mark.parametrize("name", CALLS)
 def test_autocast(name):
-    """z, v, w0 are cast; state and step sizes are not; gradients come in the parameters' dtype."""
+    """z, v, w0 are cast; fast weights and step sizes are not; gradients come in the parameters' dtype."""
     call = all_calls(torch.float32)[name]
     with torch.autocast("cpu", torch.bfloat16):
         got = results(call)
         double = results(CALLS[name])
-    low = {k: t if k in ("state", "step_size") else t.bfloat16() for k, t in call.tensors.items()}
+    kept = ("state", "step_size", "weight", "row_scale")
+    low = {k: t if k in kept else t.bfloat16() for k, t in call.tensors.items()}
     want = results(Call(call.op, low, call.options))
     for key, value in want.items():
         if key.startswith("out"):

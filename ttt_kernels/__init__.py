@@ -21,10 +21,15 @@ _PUBLIC = {
     "conv_target": "ttt_kernels.ops.target.api",
     "spectral_step_size": "ttt_kernels.ops.step_size.api",
     "clipped_step_size": "ttt_kernels.ops.step_size.api",
+    "ridge_write": "ttt_kernels.ops.ridge.api",
     "FastWeightMLP": "ttt_kernels.modules.mlp",
+    "FastWeightState": "ttt_kernels.modules.state",
     "TTTConfig": "ttt_kernels.patch.config",
     "patch_model": "ttt_kernels.patch.model",
     "unpatch_model": "ttt_kernels.patch.model",
+    "disabled": "ttt_kernels.patch.hooks",
+    "adapt": "ttt_kernels.patch.adapt",
+    "diagnostics": "ttt_kernels.patch.diagnose",
     "info": "ttt_kernels._info",
 }
 

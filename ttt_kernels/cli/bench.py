@@ -129,7 +129,8 @@ def measure_group(cases, op: Operation, impls, repeats: int, say, results: Resul
     for case in cases:
         for impl in impls:
             implementation = op.implementations[impl]
-            left = not_enough_memory(case, impl, implementation, device)
+            left = no_such_mode(case, impl, op)
+            left = left or not_enough_memory(case, impl, implementation, device)
             if left is None:
                 key = (case.chunk_size, impl)
                 if key not in errors:
@@ -180,6 +181,12 @@ def row_of(
         extra_bytes=extra,
         error_ratio=error,
     )
+
+
+def no_such_mode(case: Case, impl: str, op: Operation) -> Left | None:
+    if case.mode in op.modes:
+        return None
+    return Left(case, impl, "skipped", f"{case.op} has no gradient")
 
 
 def not_enough_memory(

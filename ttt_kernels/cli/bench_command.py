@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ttt_kernels.cli import bench_report
+from ttt_kernels.cli import bench_models, bench_report
 from ttt_kernels.cli.arguments import positive_int
 from ttt_kernels.cli.bench import Results, measure_cases
 from ttt_kernels.cli.bench_registry import DTYPES, MODES, OPERATIONS, SHAPES, Case
@@ -51,7 +51,10 @@ def add_parser(commands) -> None:
                       help="default: 64 256 1024")  # fmt: skip
     grid.add_argument("--batch", metavar="B", type=positive_int, help="default: 1")
     grid.add_argument("--preserve-row-norm", action="store_const", const=True, help="for the scan")
-    parser.add_argument("--suite", choices=SUITES, help="a named grid with targets, instead of one")
+    parser.add_argument(
+        "--suite", choices=(*SUITES, *bench_models.SUITES),
+        help="with targets, instead of the grid; streaming: SmolLM2, patched against unpatched",
+    )  # fmt: skip
     parser.add_argument("--impl", **several(impls, "all there are"))
     parser.add_argument("--repeats", metavar="N", type=positive_int, default=5, help="rounds; default: 5")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; default: cpu")
@@ -75,11 +78,15 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         require("matplotlib", "bench")
     device = check_device(args.device)
-    suite = SUITES[args.suite]() if args.suite else None
-    cases = grid(args) if suite is None else suite_cases(args, suite)
+    if args.suite:
+        check_suite(args)
     where = environment(device)
     if warning := busy_warning(where):
         console.print(warning, style="yellow", highlight=False)
+    if args.suite in bench_models.SUITES:
+        return bench_models.run(args, where, console)
+    suite = SUITES[args.suite]() if args.suite else None
+    cases = grid(args) if suite is None else list(suite.cases)
     results = measure_cases(
         cases, args.impl, args.repeats, say=lambda text: console.print(text, style="dim")
     )
@@ -116,14 +123,15 @@ def grid(args: argparse.Namespace) -> list[Case]:
     ]  # fmt: skip
 
 
-def suite_cases(args: argparse.Namespace, suite) -> list[Case]:
+def check_suite(args: argparse.Namespace) -> None:
     given = [k for k in GRID_DEFAULTS if getattr(args, k) is not None]
+    if args.suite in bench_models.SUITES:
+        given += [k for k in ("impl", "plot") if getattr(args, k) is not None]
     if given:
         names = ", ".join("--" + ("T" if k == "tokens" else k.replace("_", "-")) for k in given)
         raise UserError(f"--suite {args.suite} fixes the grid: it cannot be combined with {names}")
     if args.device != "cpu":
         raise UserError(f"--suite {args.suite} is defined for --device cpu, got {args.device}")
-    return list(suite.cases)
 
 
 def report(args: argparse.Namespace, results: Results, where: dict, targets: list[dict]) -> None:

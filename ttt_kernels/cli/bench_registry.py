@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 import ttt_kernels as ttt
+from ttt_kernels.ops.ridge import reference as ridge_reference
 from ttt_kernels.ops.step_size import reference as step_size_reference
 from ttt_kernels.ops.target import reference as target_reference
 from ttt_kernels.testing import ScanInputs, check_scan, error_ratio, make_inputs
+from ttt_kernels.testing.contract import RoundTo
 from ttt_kernels.types import ceil_div, compute_dtype
 
 CONV_TAPS = 5
@@ -99,6 +101,7 @@ class Operation:
     slack: how many times the budget it may use. The Gram form squares the condition number of the
         literal formula, which is the contract it is held against.
     row_norm: whether preserve_row_norm means anything here.
+    modes: those it has; without a gradient, "fwd" alone.
     """
 
     operands: Callable[[Case, ScanInputs], Operands]
@@ -111,6 +114,7 @@ class Operation:
     contract: Callable[..., Tensor] | None = None
     slack: float = 1.0
     row_norm: bool = False
+    modes: tuple[str, ...] = MODES
 
 
 def run_once(call: Callable[..., Tensor], operands: Operands, mode: str) -> tuple:
@@ -162,12 +166,15 @@ def scan_parity(case: Case, op: Operation, impl: str) -> float:
 
 def reference_parity(case: Case, op: Operation, impl: str) -> float:
     """Values and gradients against the contract, and the reference in float64 as exact."""
-    case = case.short()
-    operands = op.operands(case, case.inputs(seed=1))
+    case, mode = case.short(), op.modes[-1]
+
+    def operands() -> Operands:  # anew for every call: an operation may write its operands
+        return op.operands(case, case.inputs(seed=1))
+
     reference = op.implementations["reference"].call
-    actual = run_once(op.implementations[impl].call, operands, "fwd+bwd")
-    contract = run_once(op.contract or reference, operands, "fwd+bwd")
-    exact = run_once(reference, operands.in_dtype(torch.float64), "fwd+bwd")
+    actual = run_once(op.implementations[impl].call, operands(), mode)
+    contract = run_once(op.contract or reference, operands(), mode)
+    exact = run_once(reference, operands().in_dtype(torch.float64), mode)
     results = zip(actual, contract, exact, strict=True)
     return max(error_ratio(a, c, e) for a, c, e in results) / op.slack
 
@@ -202,6 +209,60 @@ def step_operands(**extra: float) -> Callable[[Case, ScanInputs], Operands]:
         return Operands((data.z, data.v), options, dy)
 
     return operands
+
+
+def pool(case: Case, data: ScanInputs) -> Tensor:
+    """A float32 weight per row."""
+    return data.w0.to(compute_dtype(data.w0.dtype)).repeat(case.batch, 1, 1)
+
+
+def apply_operands(case: Case, data: ScanInputs) -> Operands:
+    return Operands((data.z, pool(case, data)), {}, data.dy)
+
+
+def apply_with(impl: str) -> Callable[..., Tensor]:
+    return lambda z, weight: ttt.fast_weight_apply(z, weight, impl=impl)
+
+
+def rounded_apply(z: Tensor, weight: Tensor) -> Tensor:
+    return (z.to(weight.dtype) @ RoundTo.apply(weight, z.dtype).mT).to(z.dtype)
+
+
+def update_operands(case: Case, data: ScanInputs) -> Operands:
+    """One chunk."""
+    chunk = slice(0, min(case.chunk_size, case.tokens))
+    leaves = (pool(case, data), data.z[:, chunk], data.v[:, chunk])
+    return Operands(leaves, {"step_size": 0.3}, data.dy)
+
+
+def update_with(impl: str) -> Callable[..., Tensor]:
+    def call(weight, z, v, **options):
+        ttt.fast_weight_update_(weight, z, v, impl=impl, **options)
+        return weight
+
+    return call
+
+
+def written(case: Case) -> int:
+    return case.batch * min(case.chunk_size, case.tokens)
+
+
+def ridge_operands(case: Case, data: ScanInputs) -> Operands:
+    return Operands((data.z, data.x, data.w0, data.proj), {}, data.dy)
+
+
+def ridge_released(z: Tensor, x: Tensor, w0: Tensor, proj: Tensor) -> Tensor:
+    return torch.stack(
+        [ridge_reference.ridge_write(a, b, w0, proj)[1] for a, b in zip(z, x, strict=True)]
+    )
+
+
+def ridge_flops(case: Case) -> tuple[int, int]:
+    """Of what is computed here, with half a Gram matrix and D right-hand sides."""
+    pairs, d, f = case.tokens - 1, case.d, case.f
+    n = min(pairs, f)
+    common = 2 * pairs * d * (d + 2 * f)
+    return case.batch * (common + n * pairs * f + n**3 // 3 + 2 * n * n * d), 0
 
 
 def per_token(forward: int, backward: int, case: Case) -> tuple[int, int]:
@@ -246,6 +307,28 @@ OPERATIONS: dict[str, Operation] = {
         gemms=lambda c: ((c.tokens, c.f, c.d), (c.d, min(c.chunk_size, c.tokens), c.f)),
         parity=scan_parity,
         row_norm=True,
+    ),
+    "fast_weight_apply": Operation(
+        operands=apply_operands,
+        implementations=two(apply_with("reference"), apply_with("eager")),
+        flops=lambda c: per_token(2 * c.d * c.f, 4 * c.d * c.f, c),
+        gemms=lambda c: ((c.tokens, c.f, c.d),),
+        contract=rounded_apply,
+    ),
+    "fast_weight_update_": Operation(
+        operands=update_operands,
+        implementations=two(update_with("reference"), update_with("eager")),
+        flops=lambda c: (2 * c.d * c.f * written(c), 0),
+        gemms=lambda c: ((c.d, min(c.chunk_size, c.tokens), c.f),),
+        modes=("fwd",),
+    ),
+    "ridge_write": Operation(
+        operands=ridge_operands,
+        implementations=two(ridge_released, lambda *leaves: ttt.ridge_write(*leaves).delta),
+        flops=ridge_flops,
+        gemms=lambda c: ((c.tokens, c.f, c.d), (c.d, c.tokens, c.f)),
+        slack=GRAM_SLACK,
+        modes=("fwd",),
     ),
     "next_token_target": Operation(
         operands=next_token_operands,

@@ -9,18 +9,15 @@ from pathlib import Path
 import torch
 
 import ttt_kernels as ttt
-from ttt_kernels.cli import demo_picture, demo_report
-from ttt_kernels.cli.arguments import finite_float, positive_int
+from ttt_kernels.cli import demo_picture, demo_report, fast_weights
+from ttt_kernels.cli.arguments import positive_int
 from ttt_kernels.cli.bench_command import check_device
 from ttt_kernels.cli.demo_model import Subject, Text, cut_windows, load_subject, load_text
 from ttt_kernels.cli.demo_report import DemoResult
 from ttt_kernels.cli.demo_run import Observer, compare_scan, read
 from ttt_kernels.cli.errors import UserError, require
 from ttt_kernels.cli.measure import busy_warning, environment
-from ttt_kernels.modules.rule import INNER_OPTIMIZERS, TARGET_SOURCES, TARGETS
-from ttt_kernels.patch.config import PROJ_INITS
 
-DEFAULT_LAYERS = 6
 TIMED_ROUNDS = 5
 IMPLEMENTATIONS = 2  # reference and eager, for the length of the progress bar
 
@@ -39,10 +36,10 @@ def add_parser(commands) -> None:
     data.add_argument("--window", metavar="T", type=positive_int, default=2048, help="tokens; default: 2048")
     data.add_argument("--windows", metavar="N", type=positive_int, default=8, help="at most; default: 8")
     data.add_argument(
-        "--cache", type=Path, default=Path(".cache/ttt_kernels"), metavar="DIR",
-        help="where downloads are kept; default: .cache/ttt_kernels",
+        "--cache", type=Path, default=fast_weights.DEFAULT_CACHE, metavar="DIR",
+        help=f"where downloads are kept; default: {fast_weights.DEFAULT_CACHE}",
     )  # fmt: skip
-    add_fast_weight_arguments(parser.add_argument_group("fast weights"))
+    fast_weights.add_arguments(parser.add_argument_group("fast weights"))
     parser.add_argument("--device", default="cpu", help="cpu or cuda; default: cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the random gradient (and model)")
     parser.add_argument(
@@ -52,23 +49,11 @@ def add_parser(commands) -> None:
     parser.set_defaults(run=run)
 
 
-def add_fast_weight_arguments(group) -> None:
-    group.add_argument("--layers", metavar="I", nargs="+", type=int, help="default: six, evenly spaced")
-    group.add_argument("--chunk-size", metavar="C", type=positive_int, default=128, help="default: 128")
-    group.add_argument("--lr", type=finite_float, default=0.3, help="default: 0.3")
-    group.add_argument("--inner-optimizer", choices=INNER_OPTIMIZERS, default="specnorm")
-    group.add_argument("--max-norm", type=finite_float, help="for --inner-optimizer clip")
-    group.add_argument("--preserve-row-norm", action=argparse.BooleanOptionalAction, default=True)
-    group.add_argument("--target", choices=TARGETS, default="next_token")
-    group.add_argument("--target-source", choices=TARGET_SOURCES, default="hidden_states")
-    group.add_argument("--horizon", type=positive_int, default=1, help="tokens ahead; default: 1")
-    group.add_argument("--proj-init", choices=PROJ_INITS, default="diag_shared")
-
-
 def run(args: argparse.Namespace) -> int:
     console_type = require("rich.console", "demo").Console
     require("matplotlib", "demo")
     console, log = console_type(), console_type(stderr=True)
+    fast_weights.fill_defaults(args)
     check_sizes(args)
     device = check_device(args.device)
     where = full_environment(device)
@@ -83,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     log.print("loading the model and the text", style="dim")
     subject = load_subject(args.model, args.cache, args.window, args.seed, warn)
     text = load_text(args.text, args.cache, warn)
-    config = make_config(args, subject)
+    config = fast_weights.make_config(args, subject.layers)
     result = measure(args, subject, text, config, marks, where, log)
     args.output.mkdir(parents=True, exist_ok=True)
     demo_report.write_json(args.output / "demo.json", result)
@@ -108,21 +93,6 @@ def check_sizes(args: argparse.Namespace) -> None:
         raise UserError("--window must be at least 2: a loss needs a next token")
 
 
-def make_config(args: argparse.Namespace, subject: Subject) -> ttt.TTTConfig:
-    layers = args.layers
-    if layers is None:
-        step = max(1, subject.layers // DEFAULT_LAYERS)
-        layers = range(0, subject.layers, step)[:DEFAULT_LAYERS]
-    names = (
-        "chunk_size", "lr", "inner_optimizer", "max_norm", "preserve_row_norm", "target",
-        "target_source", "horizon", "proj_init",
-    )  # fmt: skip
-    try:
-        return ttt.TTTConfig(layers=tuple(layers), **{name: getattr(args, name) for name in names})
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from error
-
-
 def measure(
     args, subject: Subject, text: Text, config: ttt.TTTConfig, marks: dict, where: dict, log
 ) -> DemoResult:
@@ -138,7 +108,7 @@ def measure(
             return lambda: progress.advance(task)
 
         off = read(model, windows, bar("fast weights off", len(windows)))
-        report = patch(model, config)
+        report = fast_weights.patch(model, config)
         with Observer(model) as observer:
             on = read(model, windows, bar("fast weights on", len(windows)), observer.trace)
         middle = config.layers[len(config.layers) // 2]
@@ -162,10 +132,3 @@ def measure(
         environment=where,
         off=off, on=on, traces=observer.traces, scan=scan,
     )  # fmt: skip
-
-
-def patch(model: torch.nn.Module, config: ttt.TTTConfig):
-    try:
-        return ttt.patch_model(model, config)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"the model cannot be patched: {error}") from error

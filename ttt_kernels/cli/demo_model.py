@@ -27,12 +27,13 @@ RANDOM_SIZE = {  # small enough for seconds on a CPU; one token is one byte
 
 @dataclass(frozen=True)
 class Subject:
-    """A causal language model and its tokeniser."""
+    """A causal language model and its tokeniser; None where one token is one byte."""
 
     name: str
     model: nn.Module
     encode: Callable[[str], list[int]]
     random: bool = False
+    tokenizer: object | None = None
 
     @property
     def layers(self) -> int:
@@ -84,7 +85,7 @@ def pretrained(source: str, name: str) -> Subject:
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    return Subject(name, model.eval(), encode)
+    return Subject(name, model.eval(), encode, tokenizer=tokenizer)
 
 
 def gguf_options(folder: Path) -> dict[str, str]:

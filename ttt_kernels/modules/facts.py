@@ -7,10 +7,15 @@ pre-hook of the attention, alive inside a checkpointed recompute too) leaves the
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ttt_kernels.modules.layer_state import LayerState
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,11 +27,20 @@ class BatchFacts:
         cu_seqlens: int32 or int64 [S + 1], boundaries of S packed sequences in the B * T tokens of
             the flattened batch; each starts from the slow weight. Not together with `valid`.
         embeddings: token embeddings [B, T, D], for `target_source="input_embed"`.
+        lengths: real tokens of each row, with `valid`, where the host knows them already.
+        state: what this layer carries from call to call, moved on by this one. Not together with
+            `cu_seqlens`. None: every sequence starts from the slow weight and nothing is kept.
+        disabled: compute the plain MLP; nothing is read or written.
+        observe: with `disabled`, called with the MLP, its input x and its keys z.
     """
 
     valid: Tensor | None = None
     cu_seqlens: Tensor | None = None
     embeddings: Tensor | None = None
+    lengths: Sequence[int] | None = None
+    state: LayerState | None = None
+    disabled: bool = False
+    observe: Callable[[nn.Module, Tensor, Tensor], None] | None = None
 
 
 @dataclass(frozen=True, eq=False)

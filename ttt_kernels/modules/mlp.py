@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ttt_kernels.modules.facts import BatchFacts, RowOrder, take_over
+from ttt_kernels.modules.layer_state import LayerSignature, LayerState
 from ttt_kernels.modules.rule import CONV_TAPS, WriteRule
+from ttt_kernels.modules.streaming import stream
 from ttt_kernels.ops.scan.api import fast_weight_scan
 from ttt_kernels.ops.step_size.api import clipped_step_size, spectral_step_size
 from ttt_kernels.ops.target.api import conv_target, next_token_target
 from ttt_kernels.types import FLOAT_DTYPES
+
+SAMPLE = 8  # rows and columns of W0 that tell one model's slow weights from another's
+PLAIN = object()  # in place of a scan: the slow layer as it was, bias and all
 
 
 class FastWeightLinear(nn.Linear):
@@ -28,14 +34,16 @@ class FastWeightLinear(nn.Linear):
         new.__dict__ = linear.__dict__
         return new
 
-    def forward(self, z: Tensor, v: Tensor | None = None, scan: Callable | None = None) -> Tensor:
-        """z [B, T, F], v [B, T, D] -> y [B, T, D], bias added."""
+    def forward(self, z: Tensor, v: Tensor | None = None, scan: object = None) -> Tensor:
+        """z [B, T, F], v [B, T, D] -> y [B, T, D], bias added. `scan`: (z, v, W0) -> y, or PLAIN."""
         if scan is None:
             raise RuntimeError(
                 "the fast-weight down_proj was called without its MLP: the forward of "
                 "FastWeightMLP has been replaced, and its fast weights would be off silently. "
                 "Apply the other patch before ttt_kernels, or leave these layers out of it"
             )
+        if scan is PLAIN:
+            return super().forward(z)
         y = scan(z, v, self.weight)
         return y if self.bias is None else y + self.bias
 
@@ -66,7 +74,8 @@ class FastWeightMLP(nn.Module):
         y = fast_weight_scan(z, v, down_proj.weight, step_size=s) + down_proj.bias
 
     Equivalent to the plain MLP while `ttt_proj` (or `ttt_conv`) is zero, as it is here at first:
-    initialise it before use. Every call starts from the slow weight; nothing is kept in between.
+    initialise it before use. The module keeps nothing between calls: a call starts from the slow
+    weight, or from the `LayerState` that its facts bring and that it moves on.
 
     Args:
         mlp: a module with `gate_proj`, `up_proj`, `down_proj` (plain `nn.Linear`, or an adapter
@@ -80,6 +89,7 @@ class FastWeightMLP(nn.Module):
         gate_proj, up_proj, down_proj: the slow weights.
         ttt_proj: P, with `.weight` [D, D] in the dtype of W0; None without `rule.use_proj`.
         ttt_conv: with `.weight` [D, 1, 5], for `rule.target == "conv"` only.
+        layer_index: of the decoder layer it is in; None outside a model.
 
     Precision: as the ops declare it; operands in the dtype of x.
     Cost: as `fast_weight_scan`, plus 2 D^2 FLOPs per token for P.
@@ -107,6 +117,7 @@ class FastWeightMLP(nn.Module):
         if rule.target == "conv":
             self.ttt_conv = TargetWeight(d, 1, CONV_TAPS, like=w0).train(mlp.training)
         self.training = mlp.training
+        self.layer_index: int | None = None
         self._facts: BatchFacts | None = None
 
     def forward(self, x: Tensor, facts: BatchFacts | None = None) -> Tensor:
@@ -116,16 +127,41 @@ class FastWeightMLP(nn.Module):
         """
         handed = take_over(self)
         facts = facts or handed or BatchFacts()
+        if facts.disabled:
+            z = self._keys(x)
+            if facts.observe is not None:
+                facts.observe(self, x, z)
+            return self.down_proj(z, scan=PLAIN)
         u = self._source(x, facts)
         if facts.valid is not None:
             rows = RowOrder.of(facts.valid)
-            y = self._scan(rows.front(x), None if u is x else rows.front(u), None)
+            lengths = facts.lengths
+            if facts.state is not None and lengths is None:
+                lengths = facts.valid.sum(1).tolist()
+            y = self._run(rows.front(x), None if u is x else rows.front(u), facts.state, lengths)
             return rows.back(y)
         if facts.cu_seqlens is not None:
+            if facts.state is not None:
+                raise ValueError("facts must not bring cu_seqlens and a state: packed rows have none")
             flat = (1, x.shape[0] * x.shape[1], x.shape[2])
             u = None if u is x else u.reshape(flat)
             return self._scan(x.reshape(flat), u, facts.cu_seqlens).view(x.shape)
-        return self._scan(x, u, None)
+        return self._run(x, u, facts.state, None)
+
+    @property
+    def slow_weight(self) -> Tensor:
+        """W0 [D, F], without what an adapter adds to it."""
+        return getattr(self.down_proj, "base_layer", self.down_proj).weight
+
+    def signature(self) -> LayerSignature:
+        """What a state of this layer must match."""
+        w0 = self.slow_weight.detach()
+        rule = WriteRule(**{f.name: getattr(self.rule, f.name) for f in fields(WriteRule)})
+        sample = torch.empty(0)
+        if not w0.is_meta:  # offloaded: not at hand between calls
+            rows, columns = (max(1, n // SAMPLE) for n in w0.shape)
+            sample = w0[::rows, ::columns][:SAMPLE, :SAMPLE].flatten().float().cpu()
+        return LayerSignature(rule, tuple(w0.shape), sample)
 
     def _source(self, x: Tensor, facts: BatchFacts) -> Tensor:
         if self.rule.target_source == "hidden_states":
@@ -137,20 +173,48 @@ class FastWeightMLP(nn.Module):
             )
         return facts.embeddings
 
+    def _keys(self, x: Tensor) -> Tensor:
+        return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+
+    def _run(self, x: Tensor, u: Tensor, state: LayerState | None, lengths) -> Tensor:
+        """Rows with their real tokens in front."""
+        if state is None:
+            return self._scan(x, u, None)
+        shape = (self.hidden_size, self.intermediate_size)
+        if state.signature.shape != shape:
+            raise ValueError(
+                f"facts.state must be of a layer [D, F] = {shape}, got {state.signature.shape}"
+            )
+
+        def scan(z: Tensor, u: Tensor, w0: Tensor) -> Tensor:
+            parts = (self.ttt_proj, getattr(self, "ttt_conv", None))
+            leaves = (z, u, w0, *(part.weight for part in parts if part is not None))
+            tracked = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
+            return stream(
+                state, z, u, w0, lengths=lengths, terms=self._terms, tracked=tracked
+            )
+
+        return self.down_proj(self._keys(x), x if u is None else u, scan=scan)
+
     def _scan(self, x: Tensor, u: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        rule = self.rule
-        chunks = {"chunk_size": rule.chunk_size, "cu_seqlens": cu_seqlens}
-        z = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
-        v = self._target(x if u is None else u, chunks)
-        step_size = rule.lr
-        if rule.inner_optimizer == "specnorm":
-            step_size = spectral_step_size(z, v, lr=rule.lr, **chunks)
-        elif rule.inner_optimizer == "clip":
-            step_size = clipped_step_size(z, v, lr=rule.lr, max_norm=rule.max_norm, **chunks)
+        rule, z = self.rule, self._keys(x)
+        v, step_size = self._terms(z, x if u is None else u, cu_seqlens)
+        options = {"chunk_size": rule.chunk_size, "cu_seqlens": cu_seqlens}
         scan = partial(
-            _read_and_write, step_size=step_size, preserve=rule.preserve_row_norm, chunks=chunks
+            _read_and_write, step_size=step_size, preserve=rule.preserve_row_norm, chunks=options
         )
         return self.down_proj(z, v, scan=scan)
+
+    def _terms(self, z: Tensor, u: Tensor, cu_seqlens: Tensor | None = None):
+        """What the tokens write, and the step size of every chunk."""
+        rule = self.rule
+        chunks = {"chunk_size": rule.chunk_size, "cu_seqlens": cu_seqlens}
+        v = self._target(u, chunks)
+        if rule.inner_optimizer == "specnorm":
+            return v, spectral_step_size(z, v, lr=rule.lr, **chunks)
+        if rule.inner_optimizer == "clip":
+            return v, clipped_step_size(z, v, lr=rule.lr, max_norm=rule.max_norm, **chunks)
+        return v, rule.lr
 
     def _target(self, u: Tensor, chunks: dict) -> Tensor:
         def target(u: Tensor, proj: Tensor | None) -> Tensor:

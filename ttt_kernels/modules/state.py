@@ -1,206 +1,31 @@
-"""`FastWeightState`: what patched layers remember of each request between calls.
-
-A request's memory in one layer is a `Row`: its fast weight, the tokens of its open chunk, counters.
-Rows are cheap to copy because they point into tensors (`Slot`): whoever wants to write to a slot that
-somebody else may still read copies it first. Reordering beams, snapshots and clones cost nothing
-until the next write.
-"""
+"""`FastWeightState`: what a patched model remembers of a batch of requests between calls."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ttt_kernels.modules import state_io
-from ttt_kernels.modules.rule import WriteRule
+from ttt_kernels.modules.layer_state import LayerState, Row, Slot, WriteRecord
+from ttt_kernels.modules.rule import require_int
+
+__all__ = ["FastWeightState", "LayerState", "Row", "Slot", "WriteRecord", "fast_mlps"]
 
 CACHE_ATTRIBUTE = "fast_weights"
-UNDO_TOKENS = 32  # while recording, chunk boundaries this close behind can be undone; at least one
-
-
-@dataclass(frozen=True, eq=False)
-class LayerSignature:
-    """What a layer's state belongs to: the rule, the shape [D, F] and a few values of W0."""
-
-    rule: WriteRule
-    shape: tuple[int, int]
-    sample: Tensor
-
-    def difference(self, other: LayerSignature) -> str | None:
-        """What differs, in words ("chunk_size: 8 in the state, 16 in the model")."""
-        mine, theirs = asdict(self.rule), asdict(other.rule)
-        mine["shape"], theirs["shape"] = tuple(self.shape), tuple(other.shape)
-        for name in mine:
-            if mine[name] != theirs[name]:
-                return f"{name}: {mine[name]!r} in the state, {theirs[name]!r} in the model"
-        if not torch.equal(self.sample, other.sample):
-            return "the values of down_proj.weight: other slow weights of the same shape"
-        return None
-
-
-@dataclass(eq=False)
-class Slot:
-    """Place `index` in tensors [N, ...]. `shared`: someone else may read it too, so never write."""
-
-    tensors: tuple[Tensor, ...]
-    index: int
-    shared: bool = False
-
-    def __getitem__(self, part: int) -> Tensor:
-        return self.tensors[part][self.index]
-
-
-def slots_of(*tensors: Tensor) -> list[Slot]:
-    return [Slot(tensors, i) for i in range(len(tensors[0]))]
-
-
-@dataclass(frozen=True)
-class WriteRecord:
-    """One complete chunk, recorded with `LayerState.record_writes`.
-
-    Args:
-        position: tokens of the request up to the end of the chunk.
-        step_size: s.
-        relative_write: ||s dW|| / ||W|| with W before the write.
-        drift: ||W - W0|| / ||W0|| after it.
-        refused: whether it was left out because it was not finite.
-    """
-
-    position: int
-    step_size: float
-    relative_write: float
-    drift: float
-    refused: bool
-
-
-@dataclass(eq=False)
-class Row:
-    """One request in one layer.
-
-    Args:
-        position: tokens seen, padding excluded.
-        fill: of which in the open chunk.
-        writes, refused: complete chunks written, and left out because they were not finite.
-        unbroken: how many of the latest batch columns were tokens of this request.
-        weight: (W [D, F], with row-norm preservation its row scale [D]); None while writes == 0,
-            when the request reads W0.
-        chunk: (keys [C, F], target inputs [C, D]) of the open chunk, the first `fill` valid.
-        log: with `record_writes`.
-        undo: with `record_past`, this row as it was just before its latest writes.
-    """
-
-    position: int = 0
-    fill: int = 0
-    writes: int = 0
-    refused: int = 0
-    unbroken: int = 0
-    weight: Slot | None = None
-    chunk: Slot | None = None
-    log: list[WriteRecord] = field(default_factory=list)
-    undo: tuple[Row, ...] = ()
-
-    def share(self) -> Row:
-        """A copy that sees the same tensors; both copy them before they write."""
-        for slot in (self.weight, self.chunk):
-            if slot is not None:
-                slot.shared = True
-        return replace(self, log=list(self.log))
-
-    def without(self, count: int, chunk_size: int) -> Row:
-        """This row before its latest `count` tokens."""
-        if count == 0:
-            return self
-        if count > self.unbroken:
-            raise RuntimeError(
-                f"cannot remove {count} tokens: padding lies among them, or the request has only "
-                f"{self.unbroken} since; restore a snapshot instead"
-            )
-        kept, undo = self, list(self.undo)
-        while kept.position - kept.fill > self.position - count:
-            if not undo:
-                raise RuntimeError(
-                    f"cannot remove {count} tokens: they reach behind a chunk boundary, where the "
-                    f"fast weight was written, and only {kept.fill} tokens of the open chunk can "
-                    "be dropped. Restore a snapshot, or call activate_past_recording() on the "
-                    "cache first"
-                )
-            kept = undo.pop()
-        back = kept.share()
-        back.fill -= kept.position - (self.position - count)
-        back.position, back.unbroken = self.position - count, self.unbroken - count
-        back.undo = tuple(undo)
-        return back
-
-    def remember(self, chunk_size: int) -> None:
-        """Keep what this row is now, its chunk full and unwritten, to come back to."""
-        before = replace(self.share(), undo=())
-        self.undo = (*self.undo, before)[-max(1, -(-UNDO_TOKENS // chunk_size)) :]
-
-
-class LayerState:
-    """The rows of one layer; None of them before the first call."""
-
-    def __init__(self, signature: LayerSignature) -> None:
-        self.signature = signature
-        self.rows: list[Row] = []
-        self.columns = 0  # batch columns seen, padding included: the length of the key/value cache
-        self.record_past = False
-        self.record_writes = False
-        self.norms: tuple[Tensor, Tensor | None] | None = None  # of W0, see streaming.slow_norms
-
-    def open(self, batch: int) -> None:
-        """Rows for the first call; later calls must bring as many."""
-        if not self.rows:
-            self.rows = [Row() for _ in range(batch)]
-        if len(self.rows) != batch:
-            raise ValueError(
-                f"the state holds {len(self.rows)} requests and the call must bring as many, "
-                f"got a batch of {batch}"
-            )
-
-    def select(self, indices: Iterable[int]) -> None:
-        """Row n becomes what row `indices[n]` was; rows may repeat or disappear."""
-        self.rows = [self.rows[i].share() if n else self.rows[i] for i, n in _repeats(indices)]
-
-    def crop(self, count: int) -> None:
-        """Forget the latest `count` batch columns of every row: all rows, or an error and none."""
-        chunk_size = self.signature.rule.chunk_size
-        self.rows = [row.without(count, chunk_size) for row in self.rows]
-        self.columns -= count
-
-    def reset(self) -> None:
-        self.rows, self.columns = [], 0
-
-    def clone(self) -> LayerState:
-        new = LayerState(self.signature)
-        new.take(self)
-        new.record_past, new.record_writes = self.record_past, self.record_writes
-        return new
-
-    def take(self, other: LayerState) -> None:
-        self.rows, self.columns = [row.share() for row in other.rows], other.columns
-
-    def tensors(self) -> list[Tensor]:
-        rows = [r for row in self.rows for r in (row, *row.undo)]
-        slots = [s for r in rows for s in (r.weight, r.chunk) if s is not None]
-        return list({t.data_ptr(): t for slot in slots for t in slot.tensors}.values())
 
 
 class FastWeightState:
     """The fast weights and open chunks of a batch of requests, layer by layer.
 
     It lives with a transformers cache: `FastWeightState.of(cache)` is that cache's state, and what
-    is done to it is seen by the next call. Every batch operation acts on all layers. Copies share
-    memory until one side is written.
+    is done to it is seen by the next call. Every batch operation acts on all layers, and on nothing
+    else: to change the cache's keys too, use the cache's own methods, which include these. Copies
+    share memory until one side is written.
 
     Attributes:
         layers: `LayerState` by decoder layer.
-
-    Source: issue of serving TTT-NTP (arXiv 2606.21803) and In-Place TTT (arXiv 2604.06169) models.
     """
 
     def __init__(self, layers: dict[int, LayerState]) -> None:
@@ -209,7 +34,7 @@ class FastWeightState:
     @classmethod
     def for_model(cls, model: nn.Module) -> FastWeightState:
         """An empty state for the fast-weight layers of `model`."""
-        return cls({i: LayerState(s) for i, s in model_signatures(model).items()})
+        return cls({i: LayerState(mlp.signature()) for i, mlp in fast_mlps(model).items()})
 
     @classmethod
     def of(cls, cache: object) -> FastWeightState:
@@ -258,7 +83,7 @@ class FastWeightState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors held, shared ones once, snapshots held elsewhere excluded."""
+        """Bytes of all tensors held, shared ones and what `record_past` keeps included, once."""
         return sum(t.nbytes for layer in self.layers.values() for t in layer.tensors())
 
     def __repr__(self) -> str:
@@ -283,7 +108,7 @@ class FastWeightState:
     snapshot = clone
 
     def restore(self, snapshot: FastWeightState) -> None:
-        """Become what `snapshot` was; it stays valid. The cache's keys are the caller's to crop."""
+        """Become what `snapshot` was; it stays valid. Crop the cache to the same length next."""
         self._require_same(snapshot)
         for i, layer in self.layers.items():
             layer.take(snapshot.layers[i])
@@ -324,6 +149,7 @@ class FastWeightState:
         Raises:
             RuntimeError: they cannot be forgotten exactly. Nothing has been changed then.
         """
+        require_int("count", count, minimum=0)
         cropped = {i: layer.clone() for i, layer in self.layers.items()}
         for layer in cropped.values():
             layer.crop(count)
@@ -353,7 +179,7 @@ class FastWeightState:
             ValueError: not such a file, another format version, or a state of another model or
                 configuration; the message names the difference.
         """
-        return state_io.load(cls.for_model(model), path, model)
+        return state_io.load(path, model)
 
     def check(self, other: FastWeightState) -> None:
         """Raise ValueError where `other` (the model's side) has other layers, rules or weights."""
@@ -373,20 +199,11 @@ class FastWeightState:
         other.check(self)
 
 
-def model_signatures(model: nn.Module) -> dict[int, LayerSignature]:
-    """Of every fast-weight layer, by `layer_index` (in order of appearance where none is set)."""
+def fast_mlps(model: nn.Module) -> dict[int, nn.Module]:
+    """Every fast-weight layer by `layer_index` (in order of appearance where none is set)."""
     from ttt_kernels.modules.mlp import FastWeightMLP
 
     mlps = [m for m in model.modules() if isinstance(m, FastWeightMLP)]
     if not mlps:
         raise ValueError(f"model must have fast-weight layers, got {type(model).__name__} without")
-    return {n if m.layer_index is None else m.layer_index: m.signature() for n, m in enumerate(mlps)}
-
-
-def _repeats(indices: Iterable[int]) -> list[tuple[int, bool]]:
-    """Each index with whether it came before."""
-    seen, pairs = set(), []
-    for i in indices:
-        pairs.append((i, i in seen))
-        seen.add(i)
-    return pairs
+    return {n if m.layer_index is None else m.layer_index: m for n, m in enumerate(mlps)}

@@ -4,35 +4,50 @@ by hand-over to the MLP of the same layer.
 Both hooks are forward pre-hooks. The attention runs just before the MLP inside one layer forward,
 so its hook also runs where gradient checkpointing recomputes a layer, and the kwargs are part of
 what is recomputed. Hooks are plain objects, so that a patched model can be copied and pickled.
+
+The model's hook reads what concerns the whole batch (padding, packing, whether fast weights are
+disabled), the attention's what concerns its layer: its state in the call's cache.
 """
 
 from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ttt_kernels.modules.facts import BatchFacts, hand_over
+from ttt_kernels.modules.mlp import FastWeightMLP
+from ttt_kernels.patch.cache import has_tokens, layer_state
+from ttt_kernels.patch.families import find_decoder
+from ttt_kernels.patch.layout import read_layout
 
 KWARG = "ttt_info"
 _POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
-_NO_CACHE = (
-    "fast weights do not stream through a key/value cache yet: call the model, or generate(), "
-    "with use_cache=False"
-)
+_LOCAL = threading.local()
 
 
 class ModelHook:
-    """On the inner model: refuses caches, and reads the batch's layout from the call's arguments.
+    """On the inner model: reads the batch's layout from the call's arguments.
 
     Args:
         embeddings: the attribute that holds the token embedding when the layers write from it, else
             None.
         layers: the attribute that holds the decoder layers.
+        mlps: the fast-weight MLPs by layer.
     """
 
-    def __init__(self, embeddings: str | None, layers: str) -> None:
+    def __init__(
+        self, embeddings: str | None, layers: str, mlps: Mapping[int, FastWeightMLP]
+    ) -> None:
         self.embeddings = embeddings
         self.layers = layers
+        self.mlps = mlps
+        self.disabled_in_graphs = 0
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if len(args) > len(_POSITIONAL):
@@ -41,15 +56,25 @@ class ModelHook:
                 f"({', '.join(_POSITIONAL)}), got {len(args)}: pass the others by name"
             )
         kwargs = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
-        refuse_cache(kwargs)
-        kwargs["use_cache"] = False
-        embeddings = None
+        if self.is_disabled():
+            refuse_live_cache(kwargs)
+            return (), {KWARG: BatchFacts(disabled=True), **kwargs}  # `adapt` brings its own
+        refuse_caches(model, kwargs)
+        if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is None:
+            if model.training or torch.compiler.is_compiling():
+                kwargs["use_cache"] = False
+        facts = read_layout(kwargs)
         if self.embeddings is not None:
-            embeddings = self._embed(model, kwargs)
-        valid, cu_seqlens = read_layout(kwargs)
-        if not (valid is None and cu_seqlens is None and embeddings is None):
-            kwargs[KWARG] = BatchFacts(valid, cu_seqlens, embeddings)
-        return (), kwargs
+            facts = replace(facts, embeddings=self._embed(model, kwargs))
+        if facts.cu_seqlens is not None:
+            kwargs["use_cache"] = False
+        return (), {**kwargs, KWARG: facts}
+
+    def is_disabled(self) -> bool:
+        """In this thread. Graphs are shared by threads, and so is what they are traced with."""
+        if torch.compiler.is_compiling():
+            return self.disabled_in_graphs > 0
+        return _disabled()[id(self)] > 0
 
     def _embed(self, model: nn.Module, kwargs: dict) -> Tensor:
         """The token embeddings, computed once and passed on in place of the ids."""
@@ -66,92 +91,93 @@ class ModelHook:
 
 
 class AttentionHook:
-    """On every layer's attention, which must not see our kwarg; hands it to the layer's MLP.
+    """On every layer's attention, which must not see our kwarg; hands it to the layer's MLP, with the
+    layer's state in the cache that this call fills.
 
-    `mlp` is None in layers without fast weights.
+    `index` is None in layers without fast weights.
     """
 
-    def __init__(self, mlp: nn.Module | None) -> None:
-        self.mlp = mlp
+    def __init__(self, model_hook: ModelHook, index: int | None) -> None:
+        self.model_hook = model_hook
+        self.index = index
 
     def __call__(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         facts = kwargs.pop(KWARG, None)
-        if self.mlp is not None:
-            hand_over(self.mlp, facts)
+        if self.index is not None:
+            mlps, cache = self.model_hook.mlps, kwargs.get("past_key_values")
+            streams = cache is not None and not attention.training and facts is not None
+            if streams and not facts.disabled:
+                facts = replace(facts, state=layer_state(cache, mlps, self.index))
+            hand_over(mlps[self.index], facts)
         return args, kwargs
 
 
-def refuse_cache(kwargs: dict) -> None:
-    """Rather than compute something else: what has been written cannot be carried along yet."""
-    if kwargs.get("past_key_values") is not None:
-        raise NotImplementedError(f"{_NO_CACHE} (past_key_values was given)")
-    if kwargs.get("use_cache"):
-        raise NotImplementedError(f"{_NO_CACHE} (use_cache=True was given)")
-    if kwargs.get("cache") is not None:
-        raise NotImplementedError(f"{_NO_CACHE} (cache was given: continuous batching)")
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, calls of `model` are those of the model before `patch_model`, bit for bit.
 
+        with ttt_kernels.disabled(model):
+            plain = model.generate(ids)
 
-def read_layout(kwargs: dict) -> tuple[Tensor | None, Tensor | None]:
-    """(valid [B, T], cu_seqlens [S + 1]) of a call to the inner model; both None for dense rows.
+    Fast weights are neither read nor written. It holds for the calling thread (compiled graphs: for
+    all), may be nested, and ends with the block, errors included. A cache belongs to one side: going
+    on inside with one that has fast weights, or outside with one filled inside, raises.
 
-    Padding comes from a 2D attention_mask, packing from cu_seq_lens_q or, without a mask, from
-    position_ids that do not count on by one (the rule of transformers' own block-diagonal mask).
-    Costs one host synchronisation where a mask or position_ids are given, none under torch.compile.
+    Raises:
+        ValueError: the model is not patched.
     """
-    embeddings = kwargs.get("inputs_embeds")
-    shape = tuple((kwargs["input_ids"] if embeddings is None else embeddings).shape[:2])
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    cu_seqlens = kwargs.get("cu_seq_lens_q")
-    if mask is not None:
-        _check_mask(mask, shape, packed=cu_seqlens is not None)
-        valid = mask.bool()
-        if torch.compiler.is_compiling():
-            return valid, None
-        return (None, None) if bool(valid.all()) else (valid, None)
-    if cu_seqlens is not None:
-        return None, cu_seqlens
-    if positions is None:
-        return None, None
-    return None, _packed_boundaries(positions, shape)
+    hook = model_hook(model)
+    counts = _disabled()
+    counts[id(hook)] += 1
+    hook.disabled_in_graphs += 1
+    try:
+        yield
+    finally:
+        counts[id(hook)] -= 1
+        hook.disabled_in_graphs -= 1
 
 
-def _check_mask(mask: object, shape: tuple[int, int], packed: bool) -> None:
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        got = f"{mask.dim()}D" if isinstance(mask, Tensor) else type(mask).__name__
+def model_hook(model: nn.Module) -> ModelHook:
+    decoder, family = find_decoder(model)
+    for hook in decoder._forward_pre_hooks.values():
+        if isinstance(hook, ModelHook):
+            return hook
+    raise ValueError(f"model must have been patched by patch_model, got a plain {family.name}")
+
+
+def _disabled() -> Counter:
+    """How often each model hook is disabled in this thread."""
+    if not hasattr(_LOCAL, "counts"):
+        _LOCAL.counts = Counter()
+    return _LOCAL.counts
+
+
+def refuse_live_cache(kwargs: dict) -> None:
+    if has_tokens(kwargs.get("past_key_values")):
+        raise RuntimeError(
+            "past_key_values carries fast weights, which a disabled model cannot continue: "
+            "start from an empty cache"
+        )
+
+
+def refuse_caches(model: nn.Module, kwargs: dict) -> None:
+    """Rather than compute something else."""
+    if kwargs.get("cache") is not None:
         raise NotImplementedError(
-            "attention_mask must be None or 2D [B, T] for a model with fast weights, because where "
-            f"padding lies cannot be read from others, got {got}"
+            "continuous batching cannot carry fast weights: its calls name no requests, so a state "
+            "cannot be found for them (cache was given). Use generate()"
         )
-    if tuple(mask.shape) != shape:
-        raise ValueError(
-            f"attention_mask must have shape [B, T] = {shape} to match the tokens, "
-            f"got {tuple(mask.shape)}"
-        )
-    if packed:
-        raise ValueError(
-            "attention_mask must be None with cu_seq_lens_q, which packs without padding"
-        )
-
-
-def _packed_boundaries(positions: Tensor, shape: tuple[int, int]) -> Tensor | None:
-    """int64 [S + 1] over the flattened batch, or None where no row holds more than one sequence."""
-    if positions.dim() != 2:
-        raise ValueError(
-            f"position_ids must have shape [B, T] = {shape}, got {tuple(positions.shape)}"
-        )
-    if torch.compiler.is_compiling():
+    cache = kwargs.get("past_key_values")
+    if torch.compiler.is_compiling() and (cache is not None or kwargs.get("use_cache")):
         raise NotImplementedError(
-            "under torch.compile, packing cannot be read from position_ids: pass cu_seq_lens_q for "
-            "packed rows, an attention_mask for padded ones, or no position_ids for dense ones"
+            "a compiled model with fast weights cannot stream: call it without a cache "
+            "(use_cache=False), or stream without torch.compile"
         )
-    batch, length = shape
-    positions = positions.expand(batch, length)
-    restart = torch.ones(shape, dtype=torch.bool, device=positions.device)
-    restart[:, 1:] = positions.diff(dim=1) != 1
-    starts = restart.flatten().nonzero().flatten()
-    if starts.numel() <= batch:
-        return None
-    return torch.cat([starts, starts.new_tensor([batch * length])])
+    if model.training and cache is not None and int(cache.get_seq_length()) > 0:
+        raise RuntimeError(
+            "past_key_values holds tokens, and training starts every sequence from the slow "
+            "weights: call model.eval() to continue a cache"
+        )
 
 
 def _checkpoints_reentrantly(layer: nn.Module) -> bool:

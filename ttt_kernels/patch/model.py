@@ -13,6 +13,7 @@ from ttt_kernels.modules.mlp import (
     replace_slow_linear,
     slow_linear,
 )
+from ttt_kernels.patch.cache import install_prepare, remove_prepare
 from ttt_kernels.patch.config import PREFIX, TTTConfig
 from ttt_kernels.patch.families import Family, find_decoder, has_class
 from ttt_kernels.patch.hooks import AttentionHook, ModelHook
@@ -89,8 +90,9 @@ def patch_model(model: nn.Module, cfg: TTTConfig | None = None) -> PatchReport:
       sequence;
     - gradient checkpointing, several threads, `torch.compile(fullgraph=True)`, adapters around the
       linear layers, copying and pickling work;
-    - there is no streaming yet: a call that does not mention `use_cache` runs without a cache, one
-      that asks for a cache raises, and so does `generate()` without `use_cache=False`.
+    - in eval mode fast weights stream: they live with the call's key/value cache (see
+      `FastWeightState`), so `generate()`, with any cache and strategy that needs one, and decoding by
+      hand continue where the cache stands. In training mode caches are not read.
 
     Args:
         model: a `*ForCausalLM`, the inner `*Model`, or a PEFT model around one.
@@ -124,10 +126,11 @@ def patch_model(model: nn.Module, cfg: TTTConfig | None = None) -> PatchReport:
     try:
         added = [_install_layer(decoder, patch, i, cfg) for i in originals]
         patch.report = _report(decoder, family, cfg, added)
-        _install_hooks(decoder, patch)
+        install_prepare(model, _install_hooks(decoder, patch))
         _set_hf_fields(decoder, cfg.to_hf_fields())
     except BaseException:
         _remove(decoder, patch)
+        remove_prepare(model)
         raise
     decoder.__dict__[_ATTRIBUTE] = patch
     return patch.report
@@ -155,6 +158,7 @@ def unpatch_model(model: nn.Module) -> None:
                 f"layer {i} must hold its FastWeightMLP to be unpatched, got {type(mlp).__name__}"
             )
     _remove(decoder, patch)
+    remove_prepare(model)
     del decoder.__dict__[_ATTRIBUTE]
 
 
@@ -194,6 +198,7 @@ def _install_layer(decoder: nn.Module, patch: _Patch, i: int, cfg: TTTConfig) ->
 
         activation = ACT2FN[decoder.config.hidden_act]
     fast = FastWeightMLP(mlp, cfg, activation)
+    fast.layer_index = i
     if fast.ttt_proj is not None:
         with torch.no_grad():
             fast.ttt_proj.weight.copy_(_initial_proj(cfg.proj_init, fast.hidden_size, i))
@@ -229,18 +234,20 @@ def _report(decoder: nn.Module, family: Family, cfg: TTTConfig, added: list[int]
     )
 
 
-def _install_hooks(decoder: nn.Module, patch: _Patch) -> None:
+def _install_hooks(decoder: nn.Module, patch: _Patch) -> ModelHook:
     family, cfg = patch.family, patch.report.config
-    for layer in getattr(decoder, family.layers):
-        mlp = getattr(layer, family.mlp)
-        hook = AttentionHook(mlp if isinstance(mlp, FastWeightMLP) else None)
-        attention = getattr(layer, family.attention)
-        patch.hooks.append(
-            attention.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
-        )
+    layers = getattr(decoder, family.layers)
     embeddings = family.embeddings if cfg.target_source == "input_embed" else None
-    hook = ModelHook(embeddings, family.layers)
+    mlps = {i: getattr(layers[i], family.mlp) for i in patch.originals}
+    hook = ModelHook(embeddings, family.layers, mlps)
     patch.hooks.append(decoder.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+    for i, layer in enumerate(layers):
+        attention = getattr(layer, family.attention)
+        own = AttentionHook(hook, i if i in mlps else None)
+        patch.hooks.append(
+            attention.register_forward_pre_hook(own, with_kwargs=True, prepend=True)
+        )
+    return hook
 
 
 def _remove(decoder: nn.Module, patch: _Patch) -> None:
