@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 
 from ttt_kernels.modules.frozen import is_frozen
+from ttt_kernels.modules.layer_state import Row
 from ttt_kernels.modules.rule import WriteRule
-from ttt_kernels.modules.state import FastWeightState, Row
+from ttt_kernels.modules.state import FastWeightState
 
 LINES = 40  # of a printed table
 COLUMNS = ("layer", "request", "writes", "refused", "step", "sigma", "mean write", "max write", "drift")

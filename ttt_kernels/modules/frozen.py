@@ -11,8 +11,8 @@ from typing import NoReturn
 
 from torch import Tensor
 
+from ttt_kernels.modules.layer_state import LayerState, Row, Slot, WriteRecord
 from ttt_kernels.modules.row_store import RowStore
-from ttt_kernels.modules.state import LayerState, Row, Slot, WriteRecord
 
 
 class FrozenWeight:

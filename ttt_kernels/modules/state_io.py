@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from ttt_kernels.modules.frozen import is_frozen
 from ttt_kernels.modules.layer_state import LayerSignature, LayerState, Row, Slot
 from ttt_kernels.modules.rule import WriteRule
 
@@ -23,8 +24,6 @@ COUNTERS = ("position", "fill", "writes", "refused")
 def save(state: FastWeightState, path: str | os.PathLike) -> None:
     """`layers.<i>.w0` (a sample) and `layers.<i>.rows.<b>.{weight,scale,keys,inputs}`."""
     from safetensors.torch import save_file
-
-    from ttt_kernels.modules.frozen import is_frozen
 
     tensors: dict[str, Tensor] = {}
     layers = {}

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ttt_kernels.modules.diagnostics import Diagnostics
 from ttt_kernels.modules.facts import BatchFacts
 from ttt_kernels.modules.frozen import FrozenWeight, frozen_row
+from ttt_kernels.modules.layer_state import LayerState, WriteRecord
 from ttt_kernels.modules.mlp import FastWeightMLP
-from ttt_kernels.modules.state import FastWeightState, LayerState, WriteRecord
+from ttt_kernels.modules.state import FastWeightState
 from ttt_kernels.ops.ridge.api import RidgeWrite, ridge_write
 from ttt_kernels.patch.families import find_decoder
 from ttt_kernels.patch.hooks import KWARG, disabled, model_hook
