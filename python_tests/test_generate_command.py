@@ -113,7 +113,7 @@ def test_scan(call, texts, tokenizer, tmp_path):
 def test_off_is_the_plain_model(call, texts, tokenizer):
     got = call("--prompt", texts[0], "--method", "off")
     assert got.new_ids == new_ids(tiny.build(), ids_of(tokenizer, texts[0]))
-    assert (got.config, got.state_bytes, got.writes) == (None, 0, {})
+    assert (got.config, got.state_bytes, got.writes) == ({}, 0, {})
 
 
 def test_ridge(call, texts, tokenizer):
@@ -124,6 +124,10 @@ def test_ridge(call, texts, tokenizer):
         want = adapted.generate(max_new_tokens=NEW, do_sample=False)
     assert got.new_ids == want[0, 29:].tolist() != new_ids(tiny.build(), ids)
     assert got.state_bytes >= 2 * 4 * 64 * 128
+    assert got.config == {
+        "layers": [0, 2], "preserve_row_norm": True, "horizon": 1, "proj_init": "identity",
+        "lam": 1.0, "eta": 0.5, "cap": 2.0, "last_k": 8192,
+    }  # fmt: skip
 
 
 def test_file_and_prompt_and_prompt_tokens(call, texts, tmp_path):

@@ -19,6 +19,7 @@ from ttt_kernels.cli.generate_run import Generation, Sampling, run_ridge, run_st
 
 EXTRA = "demo"
 METHODS = ("scan", "ridge", "off")
+RANDOM_CONTEXT = 8192  # of the model in place of one that cannot be had
 RIDGE = {"lam": 1.0, "eta": 0.1, "cap": 0.1, "last_k": 8192}
 # What the closed-form write reads of the fast-weight options; all else is about writing by chunks.
 RIDGE_SHARES = ("layers", "preserve_row_norm", "horizon", "proj_init")
@@ -95,32 +96,26 @@ def run(args: argparse.Namespace) -> int:
     log.print("loading the model", style="dim")
     subject = load_subject(args.model, args.cache, RANDOM_CONTEXT, args.seed, warn)
     ids = prompt_ids(subject, text, args).to(device)
-    config = None
-    if args.method != "off":
-        config = fast_weights.make_config(args, subject.layers)
-        refuse_trained(subject, args.model)
-        fast_weights.patch(subject.model, config)
+    config = patch(args, subject)
     subject.model.to(device)
     torch.manual_seed(args.seed)
     generation = generate(args, subject, ids, sampling, log)
-    print(decode(subject, generation.new_ids), flush=True)
+    continuation = decode(subject, generation.new_ids)
+    print(continuation, flush=True)
     record = {
         "marks": marks,
         "environment": where,
         "model": {"name": subject.name, "random": subject.random},
         "method": args.method,
-        "config": None if config is None else asdict(config),
+        "config": config,
         "decoding": {**asdict(sampling), "seed": args.seed},
-        "text": decode(subject, generation.new_ids),
+        "text": continuation,
         **generation.as_record(),
     }
     generate_report.print_record(record, log)
     if args.json:
         generate_report.write_json(args.json, record)
     return 0
-
-
-RANDOM_CONTEXT = 8192
 
 
 # --- what makes sense together --------------------------------------------------------------------
@@ -155,16 +150,6 @@ def check_folders(args: argparse.Namespace) -> None:
     for flag, file in (("--save-state", args.save_state), ("--json", args.json)):
         if file is not None and not file.parent.is_dir():
             raise UserError(f"{flag} {file}: the folder {file.parent} does not exist")
-
-
-def refuse_trained(subject: Subject, source: str | None) -> None:
-    """A checkpoint's own fast weights would be replaced by untrained ones."""
-    if getattr(subject.model.config, "ttt_mode", None):
-        raise UserError(
-            f"--model {source}: its config says that it was trained with fast weights, and the "
-            "command line starts from new projections: patch it from Python, with "
-            "patch_model(model), and load its ttt_proj weights"
-        )
 
 
 # --- the prompt -----------------------------------------------------------------------------------
@@ -213,6 +198,28 @@ def decode(subject: Subject, ids: list[int]) -> str:
 
 
 # --- running --------------------------------------------------------------------------------------
+def patch(args: argparse.Namespace, subject: Subject) -> dict[str, object]:
+    """The model as `--method` needs it, and the options in force."""
+    if args.method == "off":
+        return {}
+    if getattr(subject.model.config, "ttt_mode", None):
+        raise UserError(
+            f"--model {args.model}: its config says that it was trained with fast weights, and the "
+            "command line starts from new projections: patch it from Python, with "
+            "patch_model(model), and load its ttt_proj weights"
+        )
+    config = fast_weights.make_config(args, subject.layers)
+    fast_weights.patch(subject.model, config)
+    if args.method == "scan":
+        return asdict(config)
+    return {**{name: getattr(config, name) for name in RIDGE_SHARES}, **ridge_options(args)}
+
+
+def ridge_options(args: argparse.Namespace) -> dict[str, object]:
+    options = {name: getattr(args, name) for name in RIDGE}
+    return {name: RIDGE[name] if value is None else value for name, value in options.items()}
+
+
 def generate(args, subject: Subject, ids: torch.Tensor, sampling: Sampling, log) -> Generation:
     progress = require("rich.progress", EXTRA).Progress
     model = subject.model
@@ -224,12 +231,8 @@ def generate(args, subject: Subject, ids: torch.Tensor, sampling: Sampling, log)
             return lambda done: bars.update(task, completed=done)
 
         if args.method == "ridge":
-            options = {n: v if getattr(args, n) is None else getattr(args, n) for n, v in RIDGE.items()}
-            options["preserve_row_norm"] = args.preserve_row_norm
-            try:
-                return run_ridge(model, ids, sampling, bar, options)
-            except (ValueError, NotImplementedError) as error:
-                raise UserError(f"--method ridge: {error}") from error
+            options = {**ridge_options(args), "preserve_row_norm": args.preserve_row_norm}
+            return run_ridge(model, ids, sampling, bar, options)
         generation = run_streaming(model, ids, sampling, bar, state)
     if args.save_state:
         try:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 import ttt_kernels as ttt
-from ttt_kernels.cli.errors import require
+from ttt_kernels.cli.errors import UserError, require
 from ttt_kernels.cli.measure import synchronize
 
 EXTRA = "demo"
@@ -118,9 +119,8 @@ def run_streaming(
     elif state is not None:
         state.repeat(sampling.num_beams)
     watch = Watch(ids.device, bar("generating", sampling.max_new_tokens), keep)
-    call = model.generate
-    out = continue_prompt(call, sampling, watch, input_ids=ids, past_key_values=cache,
-                          attention_mask=torch.ones_like(ids))  # fmt: skip
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+    out = continue_prompt(model.generate, sampling, watch, **inputs)
     end = time.perf_counter()
     final = ttt.FastWeightState.of(cache) if patched else None
     kept = after_prompt[0] if after_prompt else None
@@ -141,10 +141,14 @@ def read(model: nn.Module, ids: Tensor, cache, bar: Callable[[int], None]) -> No
 def run_ridge(
     model: nn.Module, ids: Tensor, sampling: Sampling, bar: Bar, options: Mapping[str, object]
 ) -> Generation:
-    """One plain forward and one closed-form write; its time is the prefill's."""
+    """One plain forward and one closed-form write per layer; the prefill's time has both."""
     done = bar("reading", ids.shape[1])
     start = time.perf_counter()
-    with ttt.adapt(model, ids, **options) as adapted:
+    with ExitStack() as stack:
+        try:
+            adapted = stack.enter_context(ttt.adapt(model, ids, **options))
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f"--method ridge: {error}") from error
         done(ids.shape[1])
         watch = Watch(ids.device, bar("generating", sampling.max_new_tokens), lambda: None)
         out = continue_prompt(adapted.generate, sampling, watch)
