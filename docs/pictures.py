@@ -64,8 +64,9 @@ def streaming(machine: str) -> None:
     positions = range(PROMPT + 1, PROMPT + TOKENS + 1)
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(positions, off, color="0.55", lw=1, label=f"fast weights off, median {statistics.median(off):.1f} ms")
-    left.plot(positions, on, color="tab:orange", lw=1, label=f"on, median {statistics.median(on):.1f} ms")
+    for times, color, name in ((off, "0.55", "fast weights off"), (on, "tab:orange", "on")):
+        label = f"{name}, median {statistics.median(times):.1f} ms"
+        left.plot(positions, times, color=color, lw=1, label=label)
     for n in range(CHUNK, PROMPT + TOKENS + 1, CHUNK):
         left.axvline(n, color="tab:blue", ls=":", lw=1, label="a chunk is written" if n == CHUNK else None)
     left.set(xlabel="tokens of the request", ylabel="time of one token (ms)", title="Decode", ylim=(0, None))
@@ -105,7 +106,9 @@ def ridge(machine: str) -> None:
         axis.plot(lengths, milliseconds, "o-", color=color, label=label)
     slow, fast = calls.values()
     for n, a, b in zip(lengths, slow, fast, strict=True):
-        axis.annotate(f"{a / b:.1f}x", (n, a), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
+        axis.annotate(
+            f"{a / b:.1f}x", (n, a), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8
+        )
     axis.axvline(f, color="k", ls=":", lw=1, label="N = F: dual form left, primal right")
     axis.set(xlabel="pairs N of the prompt", ylabel="time of one layer (ms)", ylim=(0, 1.15 * max(slow)),
              title=f"Closed-form write, D {d}, F {f}, float32\n{machine}")  # fmt: skip
