@@ -355,3 +355,10 @@ def test_good_neighbours_of_bad_input():
     assert next_token(horizon=10**12).shape == (B, T, D)
     conv(conv_weight=zeros(D, 1, 99))
     spectral(lr=0, iterations=1)
+
+
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_switches_are_booleans(value):
+    operands = {"z": zeros(B, T, F), "v": zeros(B, T, D)}
+    for name in ("preserve_row_norm", "return_state"):
+        refuses(scan, {**operands, name: value}, TypeError, f"{name} must be True or False, got {value!r}")

@@ -33,10 +33,12 @@ _PUBLIC = {
     "info": "ttt_kernels._info",
 }
 
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [*_PUBLIC, "testing", "__version__"]
 
 
 def __getattr__(name: str):
+    if name == "testing":
+        return import_module("ttt_kernels.testing")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'ttt_kernels' has no attribute {name!r}")
     value = getattr(import_module(_PUBLIC[name]), name)
@@ -45,4 +47,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+    return sorted({*globals(), *__all__})

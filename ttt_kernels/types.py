@@ -5,12 +5,14 @@ Torch only. Nothing here knows an op, a model or an implementation.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NORM_FLOOR = 1e-5  # row norms are divided by at least this under row-norm preservation
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,6 +22,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def tiles(stop: int, size: int) -> Iterator[slice]:
+    """[0, stop) in slices of `size`."""
+    for a in range(0, stop, size):
+        yield slice(a, min(a + size, stop))
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
     )
     targets = [] if suite is None else [t.judge(results) for t in suite.targets]
     report(args, results, where, targets)
+    if not results.rows and not results.refused:
+        raise UserError("nothing was measured: every combination was skipped, for the reasons above")
     return 1 if results.refused else 0
 
 

@@ -16,9 +16,7 @@ from torch.nn import functional
 
 from ttt_kernels.modules.layer_state import LayerState, Row, slots_of
 from ttt_kernels.ops.step.api import fast_weight_apply, fast_weight_update_
-from ttt_kernels.types import compute_dtype
-
-NORM_FLOOR = 1e-5  # as the scan's
+from ttt_kernels.types import NORM_FLOOR, compute_dtype
 
 
 class RowStore:

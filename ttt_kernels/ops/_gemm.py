@@ -12,12 +12,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ttt_kernels.types import tiles
+
 ROW_TILE = 256  # rows of a weight handled at a time where a temporary of the whole would cost memory
 
 
 def row_tiles(weight: Tensor) -> Iterator[slice]:
-    for a in range(0, len(weight), ROW_TILE):
-        yield slice(a, min(a + ROW_TILE, len(weight)))
+    return tiles(len(weight), ROW_TILE)
 
 
 def apply_rounded(

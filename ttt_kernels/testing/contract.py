@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ttt_kernels.ops.scan import reference
-from ttt_kernels.ops.scan.reference import NORM_FLOOR
 from ttt_kernels.testing.inputs import ScanInputs
-from ttt_kernels.types import compute_dtype
+from ttt_kernels.types import NORM_FLOOR, compute_dtype
 
 Results = dict[str, Tensor]
 """y, state, dz, dv, dw0 and, with a tensor step size, dstep_size."""

@@ -85,8 +85,9 @@ def ridge_write(
     if last_k is not None:
         check.check_positive_int("last_k", last_k)
     check.check_positive_int("shift", shift)
+    check.check_bool("preserve_row_norm", preserve_row_norm)
     with torch.no_grad():
         result = ridge_write_op(
-            z, x, w0, proj, lam, eta, cap, last_k, shift, bool(preserve_row_norm)
+            z, x, w0, proj, lam, eta, cap, last_k, shift, preserve_row_norm
         )
     return RidgeWrite(*result)

@@ -18,21 +18,17 @@ TOLERANCE, is not used: sums and solve are done again in float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-NORM_FLOOR = 1e-5
+from ttt_kernels.types import NORM_FLOOR, tiles
+
 TOKEN_TILE = 1024  # tokens raised to the compute precision at a time
 GRAM_TILE = 256  # rows of a Gram matrix formed at a time: N + 128 instead of N / 2 columns on average
 TOLERANCE = 1e-3
-
-
-def tiles(stop: int, size: int) -> Iterator[slice]:
-    for a in range(0, stop, size):
-        yield slice(a, min(a + size, stop))
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ttt_kernels.types import compute_dtype
-
-NORM_FLOOR = 1e-5
+from ttt_kernels.types import NORM_FLOOR, compute_dtype
 
 
 def ridge_write(

@@ -78,6 +78,8 @@ def fast_weight_scan(
     z, v, w0 = check.autocast(z, v, w0)
     validation.check_operands(z, v, w0)
     check.check_positive_int("chunk_size", chunk_size)
+    check.check_bool("preserve_row_norm", preserve_row_norm)
+    check.check_bool("return_state", return_state)
     check.check_cu_seqlens(cu_seqlens, z.shape[0])
     steps, lr = validation.check_step_size(step_size, z, chunk_size, cu_seqlens is not None)
     validation.check_state(state, z, w0, cu_seqlens)
@@ -94,8 +96,8 @@ def fast_weight_scan(
     z, v, w0, steps, state = (None if t is None else t.contiguous() for t in inputs)
     scan = ScanFunction.apply if save_state else scan_fwd
     y, final = scan(
-        z, v, w0, steps, lr, state, cu_seqlens, chunk_size, bool(preserve_row_norm),
-        bool(return_state), save_state, impl,
+        z, v, w0, steps, lr, state, cu_seqlens, chunk_size, preserve_row_norm,
+        return_state, save_state, impl,
     )  # fmt: skip
     return y, final if return_state else None
 

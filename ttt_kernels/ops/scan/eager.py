@@ -32,9 +32,7 @@ from torch import Tensor
 
 from ttt_kernels.ops._gemm import apply_rounded, apply_rounded_transposed
 from ttt_kernels.ops.scan.heuristics import TOKEN_TILE, super_chunk
-from ttt_kernels.types import Span, compute_dtype, sequence_spans
-
-NORM_FLOOR = 1e-5
+from ttt_kernels.types import NORM_FLOOR, Span, compute_dtype, sequence_spans
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ttt_kernels.ops._gemm import row_tiles
 from ttt_kernels.ops.scan.eager import (
-    NORM_FLOOR,
     Block,
     Operands,
     SuperChunk,
@@ -19,7 +18,7 @@ from ttt_kernels.ops.scan.eager import (
     square_norm,
 )
 from ttt_kernels.ops.scan.heuristics import super_chunk
-from ttt_kernels.types import sequence_spans
+from ttt_kernels.types import NORM_FLOOR, sequence_spans
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ttt_kernels.types import ceil_div, compute_dtype, sequence_spans
-
-NORM_FLOOR = 1e-5
+from ttt_kernels.types import NORM_FLOOR, ceil_div, compute_dtype, sequence_spans
 
 
 def scan(

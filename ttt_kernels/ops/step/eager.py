@@ -10,19 +10,13 @@ summed over the rows that share an entry.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from ttt_kernels.ops._gemm import apply_rounded, apply_rounded_transposed, row_tiles
+from ttt_kernels.types import tiles
 
 TOKEN_TILE = 1024  # tokens raised to float32 at a time
-
-
-def token_tiles(tokens: int) -> Iterator[slice]:
-    for a in range(0, tokens, TOKEN_TILE):
-        yield slice(a, min(a + TOKEN_TILE, tokens))
 
 
 def entries(weight: Tensor, slots: list[int] | None) -> list[int]:
@@ -45,7 +39,7 @@ def apply(z: Tensor, weight: Tensor, row_scale: Tensor | None, slots: list[int] 
         return y if row_scale is None else y.mul_(row_scale[:, None])
     direct = stored_exactly and row_scale is None
     for b, n in enumerate(entries(weight, slots)):
-        for t in token_tiles(keys.shape[1]):
+        for t in tiles(keys.shape[1], TOKEN_TILE):
             part = out[b, t]
             raw = apply_rounded(
                 keys[b, t].to(weight.dtype), weight[n], z.dtype, part if direct else None
@@ -70,7 +64,7 @@ def apply_backward(
     dscale = weight.new_zeros(row_scale.shape) if need_pool and row_scale is not None else None
     rows = (as_rows(t, weight, slots) for t in (dy, z, dz))
     for n, dy_row, keys_row, dz_row in zip(entries(weight, slots), *rows, strict=True):
-        for t in token_tiles(len(keys_row)):
+        for t in tiles(len(keys_row), TOKEN_TILE):
             grad, keys = dy_row[t].to(acc), keys_row[t].to(acc)
             scaled = grad if row_scale is None else grad * row_scale[n]
             dz_row[t] = apply_rounded_transposed(scaled, weight[n], z.dtype)
@@ -92,6 +86,6 @@ def update_(
     acc = weight.dtype
     for b, n in enumerate(entries(weight, slots)):
         step = lr if step_size is None else step_size[b]
-        for t in token_tiles(z.shape[1]):
+        for t in tiles(z.shape[1], TOKEN_TILE):
             scaled = v[b, t].to(acc) * step
             weight[n].addmm_(scaled.t(), z[b, t].to(acc))

@@ -8,14 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ttt_kernels.types import chunk_ranges, compute_dtype
+from ttt_kernels.types import chunk_ranges, compute_dtype, tiles
 
 TOKEN_TILE = 2048  # tokens raised to float32 at a time
-
-
-def tiles(tokens: int):
-    for a in range(0, tokens, TOKEN_TILE):
-        yield slice(a, min(a + TOKEN_TILE, tokens))
 
 
 def outside(x: Tensor, shift: int, chunk_size: int, cu_seqlens: Tensor | None) -> Tensor:
@@ -33,7 +28,7 @@ def multiply(a: Tensor, b: Tensor | None, out: Tensor) -> None:
         return
     b = b.to(acc)
     for row in range(len(a)):
-        for t in tiles(a.shape[1]):
+        for t in tiles(a.shape[1], TOKEN_TILE):
             out[row, t] = a[row, t].to(acc) @ b
 
 
@@ -42,7 +37,7 @@ def outer_sum(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
     acc = compute_dtype(a.dtype)
     total = like.new_zeros(like.shape, dtype=acc)
     for row in range(len(a)):
-        for t in tiles(a.shape[1]):
+        for t in tiles(a.shape[1], TOKEN_TILE):
             total.addmm_(a[row, t].to(acc).t(), b[row, t].to(acc))
     return total.to(like.dtype)
 
