@@ -237,6 +237,8 @@ def test_states_chain(call, texts, tmp_path):
         (["--prompt", "w1", "--method", "ridge", "--eta", "0.1", "--lam", "-1"], ["lam", "positive"]),
         (["--prompt", "w1", "--load-state", "absent.safetensors"], ["--load-state", "absent"]),
         (["--prompt", "w1", "--save-state", "absent/x.safetensors"], ["--save-state", "absent"]),
+        (["--prompt", "w1", "--save-state", "."], ["--save-state .", "must be a file, got a folder"]),
+        (["--prompt", "w1", "--json", "."], ["--json .", "must be a file, got a folder"]),
         (["--prompt", "w1", "--json", "absent/x.json"], ["--json", "absent"]),
     ],
 )  # fmt: skip

@@ -150,6 +150,8 @@ def check_folders(args: argparse.Namespace) -> None:
     for flag, file in (("--save-state", args.save_state), ("--json", args.json)):
         if file is not None and not file.parent.is_dir():
             raise UserError(f"{flag} {file}: the folder {file.parent} does not exist")
+        if file is not None and file.is_dir():
+            raise UserError(f"{flag} {file}: must be a file, got a folder")
 
 
 # --- the prompt -----------------------------------------------------------------------------------

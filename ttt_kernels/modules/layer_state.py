@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ttt_kernels.modules.rule import WriteRule
 from ttt_kernels.types import ceil_div
@@ -29,13 +30,13 @@ class LayerSignature:
     shape: tuple[int, int]
     sample: Tensor
 
-    def difference(self, other: LayerSignature) -> str | None:
+    def difference(self, other: LayerSignature, where: str = "the model") -> str | None:
         """What differs, in words ("chunk_size: 8 in the state, 16 in the model")."""
         mine, theirs = asdict(self.rule), asdict(other.rule)
         mine["shape"], theirs["shape"] = tuple(self.shape), tuple(other.shape)
         for name in mine:
             if mine[name] != theirs[name]:
-                return f"{name}: {mine[name]!r} in the state, {theirs[name]!r} in the model"
+                return f"{name}: {mine[name]!r} in the state, {theirs[name]!r} in {where}"
         known = len(self.sample) and len(other.sample)
         if known and not torch.equal(self.sample, other.sample):
             return "the values of down_proj.weight: other slow weights of the same shape"
@@ -157,6 +158,18 @@ class LayerState:
         self.record_past = False
         self.record_writes = False
         self.norms: tuple[Tensor, Tensor | None] | None = None  # of W0, see streaming.slow_norms
+        self._owner: tuple[ref, WriteRule] | None = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_owner": None}  # elsewhere, layers are compared anew
+
+    def belongs_to(self, mlp: nn.Module) -> bool:
+        """Whether this has been compared with `mlp`, as it writes now: cheap enough for every call."""
+        return self._owner is not None and self._owner[0]() is mlp and self._owner[1] is mlp.rule
+
+    def give_to(self, mlp: nn.Module) -> None:
+        """Note that this matches `mlp`."""
+        self._owner = ref(mlp), mlp.rule
 
     def open(self, batch: int) -> None:
         """Rows for the first call; later calls must bring as many."""
@@ -175,9 +188,26 @@ class LayerState:
 
     def crop(self, count: int) -> None:
         """Forget the latest `count` batch columns of every row: all rows, or an error and none."""
-        chunk_size = self.signature.rule.chunk_size
-        self.rows = [row.without(count, chunk_size) for row in self.rows]
+        self.rows = self.cropped(count)
         self.columns -= count
+
+    def cropped(self, count: int) -> list[Row]:
+        """The rows that `crop` leaves; nothing is changed yet."""
+        chunk_size = self.signature.rule.chunk_size
+        return [row.without(count, chunk_size) for row in self.rows]
+
+    def crop_to(self, length: int, dry: bool = False) -> None:
+        """Follow keys that were cropped to `length` columns; with `dry` only raise if that cannot be.
+
+        What has been forgotten already (a snapshot was restored) is not forgotten twice.
+        """
+        if length == 0 and all(row.position <= self.columns for row in self.rows):
+            if not dry:
+                self.reset()
+        elif self.columns > length and dry:
+            self.cropped(self.columns - length)
+        elif self.columns > length:
+            self.crop(self.columns - length)
 
     def reset(self) -> None:
         self.rows, self.columns = [], 0
@@ -186,6 +216,7 @@ class LayerState:
         new = LayerState(self.signature)
         new.take(self)
         new.record_past, new.record_writes = self.record_past, self.record_writes
+        new._owner = self._owner
         return new
 
     def take(self, other: LayerState) -> None:

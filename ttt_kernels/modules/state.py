@@ -52,9 +52,21 @@ class FastWeightState:
         return state
 
     def attach(self, cache: object) -> None:
-        """Let `cache` continue with this state in place of its own (not a copy)."""
+        """Let `cache` continue with this state in place of its own (not a copy).
+
+        Raises:
+            TypeError: not a cache with layers.
+            ValueError: the cache has been used by another model or configuration. Nothing has been
+                changed then.
+        """
         if not hasattr(cache, "layers"):
             raise TypeError(f"cache must be a transformers Cache, got {type(cache).__name__}")
+        current = getattr(cache, CACHE_ATTRIBUTE, None)
+        if current is not None and not current.is_blank():
+            self.check(current, "the cache")
+        for layer in cache.layers[:1]:
+            if hasattr(layer, CACHE_ATTRIBUTE):
+                setattr(layer, CACHE_ATTRIBUTE, self)
         for i, layer in self.layers.items():
             layer.columns = int(cache.get_seq_length(i))
             if i < len(cache.layers) and hasattr(cache.layers[i], "ttt"):
@@ -65,6 +77,10 @@ class FastWeightState:
     def __len__(self) -> int:
         """Requests."""
         return max((len(layer.rows) for layer in self.layers.values()), default=0)
+
+    def is_blank(self) -> bool:
+        """Whether no call has used it since it was made or reset."""
+        return not any(layer.rows or layer.columns for layer in self.layers.values())
 
     @property
     def positions(self) -> list[int]:
@@ -150,11 +166,9 @@ class FastWeightState:
             RuntimeError: they cannot be forgotten exactly. Nothing has been changed then.
         """
         require_int("count", count, minimum=0)
-        cropped = {i: layer.clone() for i, layer in self.layers.items()}
-        for layer in cropped.values():
-            layer.crop(count)
+        cropped = {i: layer.cropped(count) for i, layer in self.layers.items()}
         for i, layer in self.layers.items():
-            layer.rows, layer.columns = cropped[i].rows, cropped[i].columns
+            layer.rows, layer.columns = cropped[i], layer.columns - count
 
     def record_writes(self, on: bool = True) -> None:
         """Log a `WriteRecord` for every write from now on; each write then costs a copy of W."""
@@ -168,7 +182,12 @@ class FastWeightState:
 
     # --- files ------------------------------------------------------------------------------------
     def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file: weights, open chunks and counters, not logs or undo records."""
+        """Write a safetensors file: weights, open chunks and counters, not logs or undo records.
+
+        Raises:
+            OSError: `path` is a folder, its folder does not exist, or it cannot be written.
+            ValueError: the state of an `adapt` block.
+        """
         state_io.save(self, path)
 
     @classmethod
@@ -181,17 +200,21 @@ class FastWeightState:
         """
         return state_io.load(path, model)
 
-    def check(self, other: FastWeightState) -> None:
-        """Raise ValueError where `other` (the model's side) has other layers, rules or weights."""
+    def check(self, other: FastWeightState, where: str = "the model") -> None:
+        """Raise ValueError where `other` (the side of `where`) has other layers, rules or weights."""
+        difference = self.difference(other, where)
+        if difference:
+            raise ValueError(f"the state is of another model: {difference}")
+
+    def difference(self, other: FastWeightState, where: str = "the model") -> str | None:
+        """What differs between the layers of both, in words."""
         if self.layers.keys() != other.layers.keys():
-            raise ValueError(
-                f"the state is of another model: layers {sorted(self.layers)} in the state, "
-                f"{sorted(other.layers)} in the model"
-            )
+            return f"layers {sorted(self.layers)} in the state, {sorted(other.layers)} in {where}"
         for i, layer in self.layers.items():
-            difference = layer.signature.difference(other.layers[i].signature)
+            difference = layer.signature.difference(other.layers[i].signature, where)
             if difference:
-                raise ValueError(f"the state is of another model: layer {i}, {difference}")
+                return f"layer {i}, {difference}"
+        return None
 
     def _require_same(self, other: FastWeightState) -> None:
         if not isinstance(other, FastWeightState):

@@ -23,6 +23,7 @@ COUNTERS = ("position", "fill", "writes", "refused")
 
 def save(state: FastWeightState, path: str | os.PathLike) -> None:
     """`layers.<i>.w0` (a sample) and `layers.<i>.rows.<b>.{weight,scale,keys,inputs}`."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -40,7 +41,15 @@ def save(state: FastWeightState, path: str | os.PathLike) -> None:
         }
     metadata = {"format": FORMAT, "version": str(VERSION), "layers": json.dumps(layers)}
     tensors = {name: t.detach().cpu().clone() for name, t in tensors.items()}
-    save_file(tensors, os.fspath(path), metadata)
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"path must be a file, got a folder: {path}")
+    folder = os.path.dirname(os.fspath(path)) or "."
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"path must be in a folder that exists, got {path}")
+    try:
+        save_file(tensors, os.fspath(path), metadata)
+    except SafetensorError as error:
+        raise OSError(f"path cannot be written, got {path}: {error}") from error
 
 
 def _row_tensors(prefix: str, row: Row) -> dict[str, Tensor]:

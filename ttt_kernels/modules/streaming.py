@@ -11,7 +11,8 @@ A write depends on nothing outside its chunk (targets and step sizes never look 
 computed when the chunk fills, whichever calls brought the tokens. Decoding is a tail or a head of one
 token: it reads one weight per row, copies none, and keeps two vectors.
 
-A write that would make the weight non-finite is refused: the chunk is read, skipped and counted.
+A write that would make the weight non-finite is refused: the chunk is read, skipped and counted. So is
+one beyond the range of the keys' dtype (65504 in float16), to which the weight is rounded when it is read.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ttt_kernels.modules.frozen import is_frozen, read_frozen
-from ttt_kernels.modules.layer_state import LayerState, WriteRecord, undo_depth
+from ttt_kernels.modules.layer_state import LayerState, Row, WriteRecord, undo_depth
 from ttt_kernels.modules.row_store import RowStore, pick
 from ttt_kernels.ops.scan.api import fast_weight_scan
 from ttt_kernels.ops.step.api import fast_weight_update_
@@ -77,6 +78,7 @@ class Stream:
         self.store, self.terms = store, terms
         self.state, self.rule = store.state, store.rule
         self.refused: set[int] = set()
+        self.largest = torch.finfo(store.dtype).max
 
     def run(self, z: Tensor, u: Tensor, lengths: Sequence[int]) -> Tensor:
         rows, chunk_size = self.state.rows, self.rule.chunk_size
@@ -138,7 +140,10 @@ class Stream:
     def _whole(self, rows: Sequence[int], z: Tensor, u: Tensor) -> Tensor:
         v, steps = self.terms(z, u)
         y, final = self._scan(z, v, steps, self.store.weights(rows), return_state=True)
-        finite = torch.isfinite(final).flatten(1).all(1).tolist()
+        finite = self._readable(final)
+        if self.largest < SAFE_WRITE:  # float16: a weight on the way there may have been too large
+            finite = finite & torch.isfinite(y).flatten(1).all(1)
+        finite = finite.tolist()
         good = [n for n, ok in enumerate(finite) if ok]
         self.store.adopt([rows[n] for n in good], final if all(finite) else final[good])
         for n in good:
@@ -169,7 +174,10 @@ class Stream:
             steps = keys.new_full((len(rows),), steps, dtype=self.store.acc)
         steps = steps.flatten()
         bound = v.abs().amax((1, 2)) * keys.abs().amax((1, 2)).to(self.store.acc) * steps.abs()
-        safe = (bound * keys.shape[1] < SAFE_WRITE).tolist()
+        bound = bound * keys.shape[1]
+        if self.largest < SAFE_WRITE:  # float16: what is there already counts
+            bound = bound + torch.stack([self._weight_of(row).abs().amax() for row in members])
+        safe = (bound < min(SAFE_WRITE, self.largest)).tolist()
         if state.record_past:
             for row in members:
                 row.remember(self.rule.chunk_size)
@@ -184,10 +192,10 @@ class Stream:
     def _write_checked(self, b: int, keys: Tensor, v: Tensor, steps: Tensor) -> None:
         """On a copy of one row's weight, which takes its place if it is finite."""
         row = self.state.rows[b]
-        before = row.weight[0] if row.writes else self.store.slow
+        before = self._weight_of(row)
         after = before.clone()[None]
         fast_weight_update_(after, keys, v, step_size=steps)
-        ok = bool(torch.isfinite(after).all()) and bool(torch.isfinite(steps).all())
+        ok = bool(self._readable(after)) and bool(torch.isfinite(steps).all())
         if self.state.record_writes:
             row.log.append(self._record(b, before, after[0], steps, ok))
         if not ok:
@@ -197,6 +205,14 @@ class Stream:
         row.weight = None
         self.store.adopt([b], after)
         row.writes += 1
+
+    def _weight_of(self, row: Row) -> Tensor:
+        return row.weight[0] if row.writes else self.store.slow
+
+    def _readable(self, weight: Tensor) -> Tensor:
+        """bool [n], of weights [n, D, F]: finite, and still so in the dtype of the keys."""
+        size = torch.maximum(weight.amax((1, 2)), -weight.amin((1, 2)))  # NaN where one is
+        return size <= self.largest
 
     def _record(self, b: int, before: Tensor, after: Tensor, steps: Tensor, ok: bool) -> WriteRecord:
         slow = self.store.slow

@@ -274,7 +274,7 @@ def _read_plainly(model: nn.Module, prompts: Prompts, fits: Mapping[nn.Module, F
             **{KWARG: BatchFacts(disabled=True, observe=lambda mlp, x, z: fits[mlp](mlp, x, z))},
         )
     cache.crop(-1)
-    return cache
+    return cache if cache.get_seq_length() else DynamicCache()  # keys of no tokens are not expanded
 
 
 def _check_model(decoder: nn.Module, mlps: Mapping[int, FastWeightMLP]) -> None:

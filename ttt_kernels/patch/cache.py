@@ -22,10 +22,37 @@ from ttt_kernels.patch.layout import PROMPT_MASK
 PREPARE = "_prepare_cache_for_generation"
 
 
-class FastWeightCacheLayer:
-    """Mixed into the class of a cache layer; see `cache_layer_class`."""
+class CropGuard:
+    """Mixed into the class of a cache's first layer, which is cropped before all others: where the
+    fast weights of any layer cannot follow, nothing is cropped."""
 
     _layer_type = None  # transformers registers subclasses that inherit one
+    fast_weights: FastWeightState | None = None
+
+    def crop(self, *args, **kwargs) -> None:
+        if self.fast_weights is not None:
+            length = self._length_after_crop(*args, **kwargs)
+            for state in self.fast_weights.layers.values():
+                state.crop_to(length, dry=True)
+        super().crop(*args, **kwargs)
+
+    def _length_after_crop(self, *args, **kwargs) -> int:
+        """The argument's meaning differs between versions: only its effect on a copy is looked at
+        (tensors are shared, cropping replaces them)."""
+        copy = _rebuild(_base(type(self)), None)
+        copy.__dict__ = dict(self.__dict__)
+        copy.crop(*args, **kwargs)
+        return int(copy.get_seq_length())
+
+    def __reduce__(self):
+        """By its base: a class made at run time cannot be found by name."""
+        mixin = FastWeightCacheLayer if isinstance(self, FastWeightCacheLayer) else CropGuard
+        return _rebuild, (_base(type(self)), mixin), self.__dict__
+
+
+class FastWeightCacheLayer(CropGuard):
+    """Mixed into the class of a cache layer; see `cache_layer_class`."""
+
     ttt: LayerState
 
     def activate_past_recording(self) -> None:
@@ -53,27 +80,31 @@ class FastWeightCacheLayer:
         self.ttt.select(torch.arange(len(self.ttt.rows))[indices].tolist())
 
     def crop(self, *args, **kwargs) -> None:
-        """The argument's meaning differs between versions: only its effect is looked at. What the
-        fast weights have forgotten already (a snapshot was restored) is not forgotten twice."""
         super().crop(*args, **kwargs)
-        length, seen = int(self.get_seq_length()), self.ttt.columns
-        if length == 0 and all(row.position <= seen for row in self.ttt.rows):
-            self.ttt.reset()
-        elif seen > length:
-            self.ttt.crop(seen - length)
-
-    def __reduce__(self):
-        """By its base: a class made at run time cannot be found by name."""
-        return _rebuild, (type(self).__mro__[2],), self.__dict__
+        self.ttt.crop_to(int(self.get_seq_length()))
 
 
 @functools.cache
-def cache_layer_class(base: type) -> type:
-    return type("FastWeight" + base.__name__, (FastWeightCacheLayer, base), {})
+def cache_layer_class(base: type, mixin: type = FastWeightCacheLayer) -> type:
+    return type("FastWeight" + base.__name__, (mixin, base), {})
 
 
-def _rebuild(base: type) -> object:
-    return object.__new__(cache_layer_class(base))
+def _base(kind: type) -> type:
+    """The class of a cache layer before it was converted."""
+    return kind.__bases__[1] if issubclass(kind, CropGuard) else kind
+
+
+def _rebuild(base: type, mixin: type | None = FastWeightCacheLayer) -> object:
+    return object.__new__(base if mixin is None else cache_layer_class(base, mixin))
+
+
+def _mix(cache: object, i: int, mixin: type | None) -> object:
+    """Layer i of `cache`, which becomes its own class with `mixin` in front."""
+    layer = cache.layers[i]
+    new = _rebuild(_base(type(layer)), mixin)
+    new.__dict__ = layer.__dict__  # static addresses and flags survive
+    cache.layers[i] = new
+    return new
 
 
 def layer_state(cache: object, mlps: Mapping[int, FastWeightMLP], i: int) -> LayerState:
@@ -81,9 +112,10 @@ def layer_state(cache: object, mlps: Mapping[int, FastWeightMLP], i: int) -> Lay
 
     Raises:
         RuntimeError: the cache's keys and its fast weights have seen different tokens.
+        ValueError: they are of another model, or of another configuration.
     """
     layer = cache.layers[i] if i < len(cache.layers) else None
-    if not isinstance(layer, FastWeightCacheLayer):
+    if not isinstance(layer, FastWeightCacheLayer) or not layer.ttt.belongs_to(mlps[i]):
         convert(cache, mlps)
         layer = cache.layers[i]
     length = layer.get_seq_length()
@@ -97,7 +129,7 @@ def _check_length(length: int, state: LayerState) -> None:
         raise RuntimeError(
             f"the cache must hold the tokens that its fast weights have seen ({state.columns}), got "
             f"{length}: it was filled by the model unpatched, disabled or in training mode, or by "
-            "another model. Start from an empty cache"
+            "another model, or an earlier call failed half-way. Start from an empty cache"
         )
 
 
@@ -110,20 +142,30 @@ def convert(cache: object, mlps: Mapping[int, FastWeightMLP]) -> None:
         )
     empty = FastWeightState({i: LayerState(mlp.signature()) for i, mlp in mlps.items()})
     state = getattr(cache, CACHE_ATTRIBUTE, None)
-    if state is None:
-        state = empty
-        setattr(cache, CACHE_ATTRIBUTE, state)
+    used = any(isinstance(layer, CropGuard) for layer in cache.layers)
+    if state is None or (used and state.is_blank() and state.difference(empty)):
+        state = empty  # a cache that was reset may serve another model
     state.check(empty)
     while len(cache.layers) <= max(mlps):  # caches that grow as they are used
-        cache.layers.append(cache.layer_class_to_replicate())
+        grow = getattr(cache, "layer_class_to_replicate", None)
+        if grow is None:
+            raise ValueError(
+                f"past_key_values must have the model's layers, at least {max(mlps) + 1}, got "
+                f"{len(cache.layers)} in a {type(cache).__name__} that cannot grow: it was made for "
+                "a smaller model"
+            )
+        cache.layers.append(grow())
     for i in mlps:
-        layer = cache.layers[i]
-        if not isinstance(layer, FastWeightCacheLayer):
-            _check_length(int(layer.get_seq_length()), state.layers[i])
-            new = object.__new__(cache_layer_class(type(layer)))
-            new.__dict__ = layer.__dict__  # static addresses and flags survive
-            new.ttt = state.layers[i]
-            cache.layers[i] = new
+        if not isinstance(cache.layers[i], FastWeightCacheLayer):
+            _check_length(int(cache.layers[i].get_seq_length()), state.layers[i])
+    setattr(cache, CACHE_ATTRIBUTE, state)
+    for i, layer in enumerate(cache.layers):
+        if i in mlps:
+            _mix(cache, i, FastWeightCacheLayer).ttt = state.layers[i]
+            state.layers[i].give_to(mlps[i])
+        elif isinstance(layer, CropGuard) or i == 0:
+            _mix(cache, i, CropGuard if i == 0 else None)
+    cache.layers[0].fast_weights = state
 
 
 def has_tokens(cache: object) -> bool:
@@ -144,6 +186,13 @@ class PrepareCache:
         self.model, self.hook = model, hook
 
     def __call__(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+        early_exit = getattr(generation_config, "assistant_early_exit", None)
+        if early_exit is not None and not self.hook.is_disabled():
+            raise NotImplementedError(
+                "a model with fast weights cannot draft for itself with fewer layers, which need a "
+                f"state of their own, got assistant_early_exit={early_exit}: use "
+                "prompt_lookup_num_tokens or an assistant_model"
+            )
         result = getattr(type(self.model), PREPARE)(
             self.model, generation_config, model_kwargs, generation_mode, *args, **kwargs
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -13,10 +14,10 @@ from ttt_kernels.modules.mlp import (
     replace_slow_linear,
     slow_linear,
 )
-from ttt_kernels.patch.cache import install_prepare, remove_prepare
+from ttt_kernels.patch.cache import generating, install_prepare, remove_prepare
 from ttt_kernels.patch.config import PREFIX, TTTConfig
 from ttt_kernels.patch.families import Family, find_decoder, has_class
-from ttt_kernels.patch.hooks import AttentionHook, ModelHook
+from ttt_kernels.patch.hooks import AttentionHook, ModelHook, model_hook
 from ttt_kernels.types import compute_dtype
 
 INIT_STD = 0.02
@@ -69,13 +70,19 @@ class PatchReport:
 
 @dataclass(eq=False)
 class _Patch:
-    """All that unpatching needs; kept on the inner model."""
+    """All that unpatching needs; kept on the inner model.
+
+    The model gets a config of its own, since several may have been built from one.
+    """
 
     family: Family
     originals: dict[int, tuple[nn.Module, nn.Linear]]
-    config_before: dict[str, object]
+    config_before: object
+    config: object
     report: PatchReport | None = None
     hooks: list = field(default_factory=list)
+    configured: list[nn.Module] = field(default_factory=list)
+    generating: list[nn.Module] = field(default_factory=list)
 
 
 def patch_model(model: nn.Module, cfg: TTTConfig | None = None) -> PatchReport:
@@ -97,7 +104,8 @@ def patch_model(model: nn.Module, cfg: TTTConfig | None = None) -> PatchReport:
     Args:
         model: a `*ForCausalLM`, the inner `*Model`, or a PEFT model around one.
         cfg: what to do; None reads the `ttt_*` fields of `model.config`. The fields are written to
-            the config either way, so that saving the model keeps them.
+            the model's config either way, so that saving the model keeps them; it becomes a copy,
+            since other models may share it.
 
     Returns:
         What was done. Patching again with an equal `cfg` returns the same report and does nothing.
@@ -119,29 +127,29 @@ def patch_model(model: nn.Module, cfg: TTTConfig | None = None) -> PatchReport:
                 f"cfg must equal the configuration already in force (call unpatch_model first), "
                 f"{patch.report.config}, got {cfg}"
             )
+        _install_around(model, decoder, patch)
         return patch.report
     layers = getattr(decoder, family.layers)
     originals = {i: _checked_mlp(layers, i, family) for i in _existing(cfg.layers, len(layers))}
-    patch = _Patch(family, originals, _hf_fields_of(decoder))
+    patch = _Patch(family, originals, decoder.config, _own_config(decoder.config, cfg))
     try:
         added = [_install_layer(decoder, patch, i, cfg) for i in originals]
         patch.report = _report(decoder, family, cfg, added)
-        install_prepare(model, _install_hooks(decoder, patch))
-        _set_hf_fields(decoder, cfg.to_hf_fields())
+        _install_hooks(decoder, patch)
+        _install_around(model, decoder, patch)
     except BaseException:
-        _remove(decoder, patch)
-        remove_prepare(model)
+        _remove(model, decoder, patch)
         raise
     decoder.__dict__[_ATTRIBUTE] = patch
     return patch.report
 
 
 def unpatch_model(model: nn.Module) -> None:
-    """Undo `patch_model`: the original MLP modules, bit for bit, and the config as it was.
+    """Undo `patch_model`: the original MLP modules, bit for bit, and the config object of before.
 
     The slow weights are kept as they are now, training included, and so are adapters that were put
     around them since. The added parameters (`ttt_proj`, `ttt_conv`) are dropped: save them first if
-    they have been trained.
+    they have been trained. What was set in the config since is dropped with the copy that it is.
 
     Raises:
         ValueError: the model is not patched.
@@ -157,8 +165,7 @@ def unpatch_model(model: nn.Module) -> None:
             raise RuntimeError(
                 f"layer {i} must hold its FastWeightMLP to be unpatched, got {type(mlp).__name__}"
             )
-    _remove(decoder, patch)
-    remove_prepare(model)
+    _remove(model, decoder, patch)
     del decoder.__dict__[_ATTRIBUTE]
 
 
@@ -234,7 +241,7 @@ def _report(decoder: nn.Module, family: Family, cfg: TTTConfig, added: list[int]
     )
 
 
-def _install_hooks(decoder: nn.Module, patch: _Patch) -> ModelHook:
+def _install_hooks(decoder: nn.Module, patch: _Patch) -> None:
     family, cfg = patch.family, patch.report.config
     layers = getattr(decoder, family.layers)
     embeddings = family.embeddings if cfg.target_source == "input_embed" else None
@@ -247,11 +254,22 @@ def _install_hooks(decoder: nn.Module, patch: _Patch) -> ModelHook:
         patch.hooks.append(
             attention.register_forward_pre_hook(own, with_kwargs=True, prepend=True)
         )
-    return hook
 
 
-def _remove(decoder: nn.Module, patch: _Patch) -> None:
-    """Undo whatever part of `patch` is in place."""
+def _install_around(model: nn.Module, decoder: nn.Module, patch: _Patch) -> None:
+    """What concerns the modules around the decoder, as far as `model` reaches and is not done yet."""
+    for module in model.modules():
+        if vars(module).get("config") is patch.config_before:
+            module.config = patch.config
+            patch.configured.append(module)
+    outer = generating(model)
+    if outer is not None and not any(outer is done for done in patch.generating):
+        install_prepare(outer, model_hook(decoder))
+        patch.generating.append(outer)
+
+
+def _remove(model: nn.Module, decoder: nn.Module, patch: _Patch) -> None:
+    """Undo whatever part of `patch` is in place, whichever module it was installed through."""
     family = patch.family
     for hook in patch.hooks:
         hook.remove()
@@ -263,15 +281,17 @@ def _remove(decoder: nn.Module, patch: _Patch) -> None:
             mlp.training = linear.training = fast.training
             setattr(layer, family.mlp, mlp)
         replace_slow_linear(mlp, linear)
-    _set_hf_fields(decoder, patch.config_before)
+    for outer in patch.generating:
+        remove_prepare(outer)
+    for module in (*patch.configured, *model.modules()):
+        if vars(module).get("config") is patch.config:
+            module.config = patch.config_before
 
 
-def _hf_fields_of(decoder: nn.Module) -> dict[str, object]:
-    return {name: value for name, value in vars(decoder.config).items() if name.startswith(PREFIX)}
-
-
-def _set_hf_fields(decoder: nn.Module, fields: dict[str, object]) -> None:
-    for name in _hf_fields_of(decoder):
-        delattr(decoder.config, name)
-    for name, value in fields.items():
-        setattr(decoder.config, name, value)
+def _own_config(config: object, cfg: TTTConfig) -> object:
+    own = copy.copy(config)
+    for name in [name for name in vars(own) if name.startswith(PREFIX)]:
+        delattr(own, name)
+    for name, value in cfg.to_hf_fields().items():
+        setattr(own, name, value)
+    return own
