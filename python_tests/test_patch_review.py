@@ -1,6 +1,7 @@
 """What patching leaves alone around the decoder: shared configs, and the module it went through."""
 
 import copy
+import pickle
 
 import pytest
 import tiny_models as tiny
@@ -47,3 +48,39 @@ def test_patched_through_one_module_and_unpatched_through_another(through, back)
     ttt.unpatch_model(model if back == "outer" else model.model)
     assert {n: sorted(vars(m)) for n, m in model.named_modules()} == plain
     assert all(vars(m).get("config", config) is config for m in model.modules())
+
+
+@torch.no_grad()
+def test_a_call_that_fails_in_a_layer_leaves_nothing_behind():
+    model, x = tiny.patched(), tiny.ids(1, 13)
+    layer = model.model.layers[0]
+    cache = model(x).past_key_values
+    state = ttt.FastWeightState.of(cache)
+
+    def fail(*args):
+        raise KeyError("inside the layer")
+
+    handle = layer.post_attention_layernorm.register_forward_pre_hook(fail)
+    with pytest.raises(KeyError, match="inside the layer"):
+        model(x, past_key_values=cache)
+    handle.remove()
+    positions = state.positions
+    layer.mlp(torch.zeros(1, 4, 64))
+    assert state.positions == positions
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_made_inside_disabled_are_not_disabled(clone):
+    torch._dynamo.reset()
+    model, x = tiny.patched(), tiny.ids(2, 30)
+    with ttt.disabled(model):
+        twin = clone(model)
+    compiled = torch.compile(twin, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, use_cache=False).logits, model(x).logits)
+    torch._dynamo.reset()
+
+
+def test_diagnostics_names_the_shape_it_wants():
+    with pytest.raises(ValueError, match=r"input_ids must be a tensor \[B, T\], got \(30,\)"):
+        ttt.diagnostics(tiny.patched(), tiny.ids(1, 30)[0])

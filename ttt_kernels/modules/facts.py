@@ -82,6 +82,12 @@ def hand_over(mlp: nn.Module, facts: BatchFacts | None) -> None:
         _LOCAL.slot = (mlp, facts)
 
 
+def drop_hand_over(*_: object) -> None:
+    """Forget what this thread left and nobody took: a call that failed inside a layer."""
+    if not torch.compiler.is_compiling():
+        _LOCAL.slot = (None, None)
+
+
 def take_over(mlp: nn.Module) -> BatchFacts | None:
     """What was left for this call of `mlp`, once."""
     if torch.compiler.is_compiling():

@@ -38,7 +38,7 @@ def diagnostics(
 
     Cost: recording copies the weight at each write, and computes three norms of it.
     Raises:
-        TypeError, ValueError: neither, or a model without `input_ids`, in training mode, disabled or
+        TypeError, ValueError: neither, or a model without `input_ids` [B, T], in training mode, disabled or
             not patched.
     """
     if isinstance(model_or_state, nn.Module):
@@ -60,6 +60,10 @@ def diagnostics(
 def _recorded(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> FastWeightState:
     from transformers import DynamicCache
 
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+        got = getattr(input_ids, "shape", None)
+        got = type(input_ids).__name__ if got is None else tuple(got)
+        raise ValueError(f"input_ids must be a tensor [B, T], got {got}")
     decoder, _ = find_decoder(model)
     if model_hook(model).is_disabled():
         raise ValueError("model must not be disabled: its fast weights would write nothing")

@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ttt_kernels.modules.facts import BatchFacts, hand_over
+from ttt_kernels.modules.facts import BatchFacts, drop_hand_over, hand_over
 from ttt_kernels.modules.mlp import FastWeightMLP
 from ttt_kernels.patch.cache import has_tokens, layer_state
 from ttt_kernels.patch.families import find_decoder
@@ -49,7 +49,12 @@ class ModelHook:
         self.mlps = mlps
         self.disabled_in_graphs = 0
 
+    def __getstate__(self) -> dict[str, object]:
+        """A copy leaves no block by itself: it is made outside of all."""
+        return {**self.__dict__, "disabled_in_graphs": 0}
+
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        drop_hand_over()
         if len(args) > len(_POSITIONAL):
             raise TypeError(
                 f"a model with fast weights takes at most {len(_POSITIONAL)} positional arguments "

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ttt_kernels.modules.facts import drop_hand_over
 from ttt_kernels.modules.mlp import (
     FastWeightMLP,
     TargetWeight,
@@ -248,6 +249,7 @@ def _install_hooks(decoder: nn.Module, patch: _Patch) -> None:
     mlps = {i: getattr(layers[i], family.mlp) for i in patch.originals}
     hook = ModelHook(embeddings, family.layers, mlps)
     patch.hooks.append(decoder.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+    patch.hooks.append(decoder.register_forward_hook(drop_hand_over, always_call=True))
     for i, layer in enumerate(layers):
         attention = getattr(layer, family.attention)
         own = AttentionHook(hook, i if i in mlps else None)
