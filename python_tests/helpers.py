@@ -5,8 +5,11 @@ Shapes are odd and tiny on purpose: what can go wrong here is indexing, not size
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import CodeType
 
 import torch
 from torch import Tensor
@@ -142,3 +145,10 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     assert got.keys() == want.keys()
     wrong = [k for k in want if not torch.equal(got[k], want[k])]
     assert not wrong, f"bits differ in {wrong}"
+
+
+def documented_code(page: str) -> list[CodeType]:
+    """The Python blocks of a page of docs/, in order, compiled."""
+    text = (Path(__file__).parents[1] / "docs" / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    return [compile(block, f"docs/{page}", "exec") for block in blocks]

@@ -2,12 +2,11 @@
 
 import copy
 import pickle
-import re
-from pathlib import Path
 
 import pytest
 import tiny_models as tiny
 import torch
+from helpers import documented_code
 from torch import Tensor, nn
 
 import ttt_kernels as ttt
@@ -328,10 +327,9 @@ def test_adapters_are_kept_or_refused():
 
 
 def test_documented_code_runs(capsys):
-    text = (Path(__file__).parents[1] / "docs" / "adapt.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    blocks = documented_code("adapt.md")
     assert len(blocks) >= 2
     scope = {}
     for block in blocks:
-        exec(compile(block, "docs/adapt.md", "exec"), scope)
+        exec(block, scope)
     assert "largest drift" in capsys.readouterr().out

@@ -2,12 +2,11 @@
 
 import copy
 import pickle
-import re
-from pathlib import Path
 
 import pytest
 import tiny_models as tiny
 import torch
+from helpers import documented_code
 from streams import V5, VARIANTS, close, model_of, static_cache, whole
 from transformers import DynamicCache
 
@@ -245,11 +244,10 @@ def test_compiled_models_do_not_stream():
 
 
 def test_documented_code_runs(tmp_path, monkeypatch):
-    text = (Path(__file__).parents[1] / "docs" / "streaming.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    blocks = documented_code("streaming.md")
     assert len(blocks) == 3
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     scope = {}
     for block in blocks:
-        exec(compile(block, "docs/streaming.md", "exec"), scope)
+        exec(block, scope)

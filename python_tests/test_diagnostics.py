@@ -1,11 +1,11 @@
 """`diagnostics`: the numbers are those of the writes, counted for the right layer, request and chunk."""
 
 import re
-from pathlib import Path
 
 import pytest
 import tiny_models as tiny
 import torch
+from helpers import documented_code
 from torch import Tensor
 
 import ttt_kernels as ttt
@@ -179,11 +179,10 @@ def test_bad_arguments():
 
 def test_documented_code_runs(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    text = (Path(__file__).parents[1] / "docs" / "stability.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    blocks = documented_code("stability.md")
     assert len(blocks) >= 3
     scope = {}
     for block in blocks:
-        exec(compile(block, "docs/stability.md", "exec"), scope)
+        exec(block, scope)
     assert (tmp_path / "writes.png").exists()

@@ -3,12 +3,11 @@
 import copy
 import dataclasses
 import pickle
-import re
-from pathlib import Path
 
 import pytest
 import tiny_models as tiny
 import torch
+from helpers import documented_code
 from torch import nn
 
 import ttt_kernels as ttt
@@ -312,9 +311,8 @@ def test_copies_are_whole(clone):
 
 
 def test_documented_code_runs():
-    text = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    blocks = documented_code("models.md")
     assert len(blocks) >= 3
     scope = {}
     for block in blocks:
-        exec(compile(block, "docs/models.md", "exec"), scope)
+        exec(block, scope)

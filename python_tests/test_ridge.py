@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close, assert_same, error, randn
+from helpers import assert_close, assert_same, documented_code, error, randn
 from safetensors import safe_open
 from torch.nn.functional import silu
 
@@ -15,7 +15,6 @@ from ttt_kernels.ops.ridge import eager, reference, registration
 from ttt_kernels.testing import make_inputs
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("ridge_*.safetensors"))
-DOCUMENT = Path(__file__).parent.parent / "docs" / "ridge.md"
 D, F = 5, 12
 DOUBLE = torch.float64
 SHORT, LONG = 7, 40  # tokens: dual (N < F) and primal
@@ -224,10 +223,10 @@ def test_memory_does_not_grow_with_tokens():
 
 
 def test_document_runs():
-    blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.S)
+    blocks = documented_code("ridge.md")
     assert blocks
     for block in blocks:
-        exec(compile(block, str(DOCUMENT), "exec"), {})
+        exec(block, {})
 
 
 # Refusals

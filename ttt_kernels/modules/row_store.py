@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ttt_kernels.modules.layer_state import LayerState, Row, slots_of
+from ttt_kernels.ops._row_norm import row_scale, square_norm
 from ttt_kernels.ops.step.api import fast_weight_apply, fast_weight_update_
 from ttt_kernels.types import NORM_FLOOR, compute_dtype
 
@@ -188,9 +189,9 @@ class RowStore:
         """||W0||^2 per row [D], and the scale at which W0 itself is read if that is not 1 (rows
         shorter than the floor)."""
         if self.state.norms is None:
-            squares = _square_norm(self.slow)
+            squares = square_norm(self.slow)
             short = bool((squares < NORM_FLOOR**2).any())
-            scale = (squares / squares.clamp_min(NORM_FLOOR**2)).sqrt() if short else None
+            scale = row_scale(squares, squares) if short else None
             self.state.norms = squares, scale
         return self.state.norms
 
@@ -199,8 +200,7 @@ class RowStore:
 
     def _row_scale(self, weight: Tensor) -> Tensor:
         """[n, D]: ||w0|| / max(||W||, floor)."""
-        squares = _square_norm(weight)
-        return (self._slow_norms()[0] / squares.clamp_min(NORM_FLOOR**2)).sqrt()
+        return row_scale(self._slow_norms()[0], square_norm(weight))
 
 
 def _choose(tensors: tuple[Tensor, ...], places: list[int]) -> tuple:
@@ -220,8 +220,3 @@ def _places(places: list[int], count: int) -> slice | list[int]:
 
 def pick(members: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t[members] for t in tensors)
-
-
-def _square_norm(weight: Tensor) -> Tensor:
-    """The scan's own expression, so that W = W0 gives a ratio of exactly one."""
-    return torch.linalg.vector_norm(weight, dim=-1).square_()

@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from ttt_kernels.ops._gemm import apply_rounded, apply_rounded_transposed
+from ttt_kernels.ops._row_norm import row_scale, square_norm
 from ttt_kernels.ops.scan.heuristics import TOKEN_TILE, super_chunk
-from ttt_kernels.types import NORM_FLOOR, Span, compute_dtype, sequence_spans
+from ttt_kernels.types import Span, compute_dtype, sequence_spans
 
 
 @dataclass(frozen=True)
@@ -135,16 +136,6 @@ class Operands:
 def initial_state(w0: Tensor, state: Tensor | None, span: Span, acc: torch.dtype) -> Tensor:
     """W_0 of a sequence [D, F]: to read, not to write."""
     return w0.to(acc) if state is None else state[span.index]
-
-
-def square_norm(weight: Tensor) -> Tensor:
-    """Square row norms [D]. Always this function, so that W = w0 gives a ratio of exactly one."""
-    return torch.linalg.vector_norm(weight, dim=1).square_()
-
-
-def row_scale(preserve: Tensor, norm: Tensor) -> Tensor:
-    """r = ||w0|| / max(||W||, floor), from square norms."""
-    return (preserve / norm.clamp_min(NORM_FLOOR**2)).sqrt_()
 
 
 def forward(

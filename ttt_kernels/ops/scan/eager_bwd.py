@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from ttt_kernels.ops._gemm import row_tiles
+from ttt_kernels.ops._row_norm import row_scale, square_norm
 from ttt_kernels.ops.scan.eager import (
     Block,
     Operands,
     SuperChunk,
     blocks_of,
     initial_state,
-    row_scale,
-    square_norm,
 )
 from ttt_kernels.ops.scan.heuristics import super_chunk
 from ttt_kernels.types import NORM_FLOOR, sequence_spans
