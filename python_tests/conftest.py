@@ -1,7 +1,13 @@
-"""Shared set-up: a fixed seed before every test, and the rule that `gpu` tests need a GPU."""
+"""Shared set-up: Triton's interpreter where there is no GPU, a fixed seed before every test, and the
+rule that `gpu` tests need a GPU."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,9 @@ RANKS = {
     "ops": 1,
     "modules": 2, "testing": 2, "_info": 2,
     "patch": 3,
-    "cli": 4,
-    "__main__": 5,
+    "distributed": 4,
+    "cli": 5,
+    "__main__": 6,
 }  # fmt: skip
 EVERYWHERE = {"torch", "numpy"}
 LAZY_IN_PATCH = {"transformers", "safetensors"}

@@ -2,29 +2,72 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
+from torch import Tensor
 
 from ttt_kernels import _config
 
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_CAPABILITY = (8, 0)
 
-def choose_implementation(device_type: str) -> tuple[str, str]:
-    """What `impl="auto"` means on a device type, and why."""
+
+def choose_implementation(device_type: str, dtype: torch.dtype = torch.bfloat16) -> tuple[str, str]:
+    """What `impl="auto"` means on a device type for operands of a dtype, and why."""
     if device_type == "cpu":
         return "eager", "library GEMMs on one float32 state are the CPU implementation"
-    return "eager", f"no fused kernel is available for {device_type} yet; eager runs on any device"
+    why_not = why_not_triton(torch.device(device_type), dtype)
+    if why_not is None:
+        return "triton", "fused kernels, compiled by Triton when first used"
+    return "eager", f"it runs on any device; not triton: {why_not}"
 
 
-def resolve_implementation(impl: str, device: torch.device, op: str) -> str:
-    """A name that can run `op` here. An explicit one never falls back."""
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot take operands of `dtype` on `device`; None where they can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if dtype not in TRITON_DTYPES:
+        return f"its kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if device.type == "cpu":
+        return _why_not_interpreter(dtype)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return f"there is no GPU that Triton can use as device {device.type!r}"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < TRITON_CAPABILITY:
+        return f"its kernels need compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+def _why_not_interpreter(dtype: torch.dtype) -> str | None:
+    from ttt_kernels.ops.triton_launch import interpreted
+
+    if not interpreted():
+        return "it needs a GPU (on a CPU only its interpreter runs: TRITON_INTERPRET=1, for tests)"
+    if dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 wrongly; it takes float32 and float16"
+    return None
+
+
+def requested_implementation(impl: str) -> str:
+    """`impl` checked, and "auto" replaced by what TTT_KERNELS_IMPL says. For the public functions."""
     if impl not in _config.IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(_config.IMPLEMENTATIONS)}, got {impl!r}")
+    return _config.default_implementation() if impl == "auto" else impl
+
+
+def resolve_implementation(impl: str, operand: Tensor, op: str) -> str:
+    """The implementation of a requested one that runs `op` on tensors like `operand`. An explicit one
+    never falls back. For the body of a registered op, where a compiler does not look."""
     if impl == "auto":
-        impl = _config.default_implementation()
-    if impl == "auto":
-        impl, _ = choose_implementation(device.type)
-    if impl in ("triton", "cuda"):
+        impl, _ = choose_implementation(operand.device.type, operand.dtype)
+    if impl == "triton":
+        why_not = why_not_triton(operand.device, operand.dtype)
+        if why_not is not None:
+            raise NotImplementedError(f"impl='triton' cannot run {op} here: {why_not}")
+    if impl == "cuda":
         raise NotImplementedError(
-            f"impl={impl!r}: this version of ttt_kernels has no {impl} kernels for {op}; "
-            "use impl='eager' or 'auto'"
+            f"impl='cuda': this version of ttt_kernels has no CUDA C++ kernels for {op}; "
+            "use impl='triton', 'eager' or 'auto'"
         )
     return impl

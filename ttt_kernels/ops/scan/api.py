@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ttt_kernels.ops import _checks as check
-from ttt_kernels.ops._implementations import resolve_implementation
+from ttt_kernels.ops._implementations import requested_implementation
 from ttt_kernels.ops._library import without_autocast
 from ttt_kernels.ops.scan import reference, validation
 from ttt_kernels.ops.scan.registration import ScanFunction, scan_fwd
@@ -51,7 +51,7 @@ def fast_weight_scan(
         cu_seqlens: int32 or int64 [S + 1], boundaries of S sequences packed in one row (B = 1); each
             starts from `w0` (or its `state`) and counts its own chunks.
         return_state: also return the state after the last complete chunk.
-        impl: "auto", "reference", "eager"; "triton" and "cuda" raise until they exist. An explicit
+        impl: "auto", "reference", "eager", "triton"; "cuda" raises until it exists. An explicit
             choice never falls back. TTT_KERNELS_IMPL overrides "auto".
 
     Returns:
@@ -83,7 +83,7 @@ def fast_weight_scan(
     check.check_cu_seqlens(cu_seqlens, z.shape[0])
     steps, lr = validation.check_step_size(step_size, z, chunk_size, cu_seqlens is not None)
     validation.check_state(state, z, w0, cu_seqlens)
-    impl = resolve_implementation(impl, z.device, "fast_weight_scan")
+    impl = requested_implementation(impl)
     if impl == "reference":
         validation.check_packed_steps(steps, z.shape[1], chunk_size, cu_seqlens)
         y, final = without_autocast(reference.scan)(

@@ -14,6 +14,9 @@ which is least at `S* = sqrt(4 D F balance / (D + F))`, independent of C.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+from ttt_kernels.types import ceil_div
 
 # FLOPs a GEMM does in the time one byte of state is read or written. CPU: 177 GFLOP/s float32
 # against about 20 GB/s on 2 cores; GPU: the bf16 rate and memory bandwidth of an H200, 788 / 4.0.
@@ -32,3 +35,96 @@ def super_chunk(chunk_size: int, d: int, f: int, device_type: str) -> int:
     balance = BALANCE.get(device_type, BALANCE["cuda"])
     best = math.sqrt(4 * d * f * balance / (d + f)) if d and f else 1
     return chunk_size * max(1, round(best / chunk_size))
+
+
+def fused_super_chunk(chunk_size: int, d: int, f: int) -> int:
+    """Tokens per state write of the fused kernels: a multiple of `chunk_size`.
+
+    They read and write the state (10 D F bytes with its rounded copy) while they multiply, so that a
+    block costs the longer of the two, and the attention form only its lower triangle. Per token, in FLOPs:
+
+        cost(S) = max(4 D F, 10 D F balance / S)  +  S (D + F)        (last term only where S > C)
+
+    which is least at `min(2.5 balance, sqrt(10 D F balance / (D + F)))`: one of the two multiples of
+    C around it.
+
+    >>> fused_super_chunk(1024, 4096, 14336), fused_super_chunk(64, 4096, 14336)
+    (1024, 512)
+    """
+    balance = BALANCE["cuda"]
+
+    def cost(length: int) -> float:
+        attention = length * (d + f) if length > chunk_size else 0
+        return max(4 * d * f, 10 * d * f * balance / length) + attention
+
+    best = min(2.5 * balance, math.sqrt(10 * d * f * balance / (d + f))) if d and f else 1
+    chunks = max(1, math.floor(best / chunk_size))
+    return min((chunks * chunk_size, (chunks + 1) * chunk_size), key=cost)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile of the fused scan kernels: y [t, d], W [d, f], and k of whatever is summed over.
+
+    Shared memory: stages * k * (the two operand edges) * itemsize, at most what a block of the
+    architecture may have. Registers: t * d or d * f float32 accumulators over 32 * warps threads, twice
+    that in the write of a super-chunk.
+    """
+
+    t: int
+    d: int
+    f: int
+    k: int
+    warps: int
+    stages: int
+
+
+INTERPRETED = 0
+# Multiprocessors of the largest GPU of an architecture: what has to be kept busy.
+PROCESSORS = {INTERPRETED: 1, 80: 108, 86: 84, 90: 132, 100: 148, 120: 170}
+# Candidates by (architecture, bytes of an operand), and by how much slower than the first per FLOP each
+# is taken to be: a smaller tile reads its operands more often.
+_WIDE = {
+    80: ((Tiles(128, 128, 128, 32, 4, 4), 1.0), (Tiles(64, 128, 64, 32, 4, 4), 1.25)),
+    86: ((Tiles(128, 128, 128, 32, 4, 3), 1.0), (Tiles(64, 64, 64, 32, 4, 4), 1.4)),
+    90: ((Tiles(128, 256, 128, 64, 8, 3), 1.0), (Tiles(128, 128, 128, 64, 8, 4), 1.1),
+         (Tiles(64, 128, 64, 64, 4, 4), 1.35)),
+    100: ((Tiles(128, 256, 128, 64, 8, 3), 1.0), (Tiles(128, 128, 128, 64, 8, 4), 1.15),
+          (Tiles(64, 128, 64, 64, 4, 4), 1.5)),
+    120: ((Tiles(128, 128, 128, 32, 8, 3), 1.0), (Tiles(64, 64, 64, 32, 4, 4), 1.4)),
+}  # fmt: skip
+_FLOAT32 = ((Tiles(64, 64, 64, 16, 4, 3), 1.0), (Tiles(32, 64, 32, 16, 4, 3), 1.4))
+_INTERPRETER = ((Tiles(16, 16, 32, 16, 4, 1), 1.0),)
+# The write of a super-chunk keeps two accumulators, so its tiles are half as large.
+_SUPER_CHUNK_LIMIT = 128 * 128
+
+
+def known_architecture(architecture: int) -> int:
+    """The newest architecture of the tables that is not newer."""
+    return max((a for a in PROCESSORS if a <= architecture), default=80)
+
+
+def forward_tiles(
+    architecture: int, itemsize: int, blocks: int, tokens: int, d: int, f: int, super_chunk: bool
+) -> Tiles:
+    """Tiles of the forward step: the candidate with the least predicted time of one launch.
+
+    One launch holds `blocks` blocks of `tokens` tokens: apply tiles of 2 t d F FLOPs and write tiles of
+    2 d f tokens FLOPs, handed to the multiprocessors longest first, so that it takes about
+
+        max(longest tile, all tiles / multiprocessors) * slowness of the candidate
+    """
+    architecture = known_architecture(architecture)
+    candidates = _FLOAT32 if itemsize == 4 else _WIDE.get(architecture, ())
+    candidates = candidates if architecture else _INTERPRETER
+    if super_chunk and architecture:
+        candidates = [c for c in candidates if c[0].d * c[0].f <= _SUPER_CHUNK_LIMIT]
+
+    def time(candidate: tuple[Tiles, float]) -> float:
+        tile, slowness = candidate
+        apply, write = tile.t * tile.d * f, tile.d * tile.f * tokens
+        rows, columns = ceil_div(tokens, tile.t), ceil_div(d, tile.d)
+        total = blocks * columns * (rows * apply + ceil_div(f, tile.f) * write)
+        return max(apply, write, total / PROCESSORS[architecture]) * slowness
+
+    return min(candidates, key=time)[0]

@@ -10,13 +10,28 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ttt_kernels.ops._implementations import resolve_implementation
 from ttt_kernels.ops._library import register_op
 from ttt_kernels.ops.scan import eager, eager_bwd
 from ttt_kernels.ops.scan.validation import check_packed_steps
 from ttt_kernels.types import compute_dtype
 
-FORWARD = {"eager": eager.forward}
-BACKWARD = {"eager": eager_bwd.backward}
+
+
+def _triton_forward(*args):
+    from ttt_kernels.ops.scan import triton_fwd
+
+    return triton_fwd.forward(*args)
+
+
+def _triton_backward(*args):
+    from ttt_kernels.ops.scan import triton_bwd
+
+    return triton_bwd.backward(*args)
+
+
+FORWARD = {"eager": eager.forward, "triton": _triton_forward}
+BACKWARD = {"eager": eager_bwd.backward, "triton": _triton_backward}
 
 
 def _forward(
@@ -24,7 +39,7 @@ def _forward(
     save_state, impl,
 ):  # fmt: skip
     check_packed_steps(step_size, z.shape[1], chunk_size, cu_seqlens)
-    return FORWARD[impl](
+    return FORWARD[resolve_implementation(impl, z, "fast_weight_scan")](
         z, v, w0, step_size, lr, state, cu_seqlens, chunk_size, preserve_row_norm, return_state,
         save_state,
     )  # fmt: skip
@@ -44,7 +59,7 @@ def _backward(
     dy, dstate, carried, z, v, w0, step_size, lr, state, cu_seqlens, chunk_size,
     preserve_row_norm, return_state, impl,
 ):  # fmt: skip
-    return BACKWARD[impl](
+    return BACKWARD[resolve_implementation(impl, z, "fast_weight_scan")](
         dy, dstate, carried, z, v, w0, step_size, lr, state, cu_seqlens, chunk_size,
         preserve_row_norm, return_state,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ttt_kernels.ops import _checks as check
-from ttt_kernels.ops._implementations import resolve_implementation
+from ttt_kernels.ops._implementations import requested_implementation
 from ttt_kernels.ops._library import without_autocast
 from ttt_kernels.ops.step import reference, validation
 from ttt_kernels.ops.step.registration import ApplyFunction, step_apply, step_update
@@ -57,7 +57,7 @@ def fast_weight_apply(
     validation.check_pool(z, weight)
     validation.check_row_scale(row_scale, z, weight)
     validation.check_slots(slots, z, weight, shared=True)
-    impl = resolve_implementation(impl, z.device, "fast_weight_apply")
+    impl = requested_implementation(impl)
     if impl == "reference":
         validation.read_slots(slots, len(weight), distinct=False)
         return without_autocast(reference.apply)(z, weight, row_scale, slots)
@@ -116,7 +116,7 @@ def fast_weight_update_(
     validation.check_slots(slots, z, weight, shared=False)
     validation.check_writable(weight)
     validation.check_no_gradient(weight=weight, z=z, v=v, step_size=steps)
-    impl = resolve_implementation(impl, z.device, "fast_weight_update_")
+    impl = requested_implementation(impl)
     if impl == "reference":
         validation.read_slots(slots, len(weight), distinct=True)
         without_autocast(reference.update_)(weight, z, v, lr if steps is None else steps, slots)

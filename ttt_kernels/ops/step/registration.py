@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
+from ttt_kernels.ops._implementations import resolve_implementation
 from ttt_kernels.ops._library import register_op
 from ttt_kernels.ops.step import eager
 from ttt_kernels.ops.step.validation import read_slots
@@ -16,8 +17,15 @@ APPLY = {"eager": (eager.apply, eager.apply_backward)}
 UPDATE = {"eager": eager.update_}
 
 
+def _choose(table, impl, z, op):
+    impl = resolve_implementation(impl, z, op)
+    if impl not in table:
+        raise NotImplementedError(f"impl={impl!r}: there is no {impl} implementation of {op}")
+    return table[impl]
+
+
 def _apply(z, weight, row_scale, slots, impl):
-    return APPLY[impl][0](z, weight, row_scale, read_slots(slots, len(weight), distinct=False))
+    return _choose(APPLY, impl, z, "fast_weight_apply")[0](z, weight, row_scale, read_slots(slots, len(weight), distinct=False))
 
 
 def _apply_fake(z, weight, row_scale, slots, impl):
@@ -26,7 +34,7 @@ def _apply_fake(z, weight, row_scale, slots, impl):
 
 def _apply_backward(dy, z, weight, row_scale, slots, need_pool, impl):
     places = read_slots(slots, len(weight), distinct=False)
-    return APPLY[impl][1](dy, z, weight, row_scale, places, need_pool)
+    return _choose(APPLY, impl, z, "fast_weight_apply")[1](dy, z, weight, row_scale, places, need_pool)
 
 
 def _apply_backward_fake(dy, z, weight, row_scale, slots, need_pool, impl):
@@ -36,7 +44,8 @@ def _apply_backward_fake(dy, z, weight, row_scale, slots, need_pool, impl):
 
 
 def _update(weight, z, v, step_size, lr, slots, impl):
-    UPDATE[impl](weight, z, v, step_size, lr, read_slots(slots, len(weight), distinct=True))
+    update = _choose(UPDATE, impl, z, "fast_weight_update_")
+    update(weight, z, v, step_size, lr, read_slots(slots, len(weight), distinct=True))
 
 
 def _update_fake(weight, z, v, step_size, lr, slots, impl):

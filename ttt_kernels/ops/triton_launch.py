@@ -1,0 +1,86 @@
+"""How Triton kernels are launched on any device, and how their launches are recorded instead.
+
+Every launch of the package goes through `launch`. Under `record` nothing runs: the launches that the
+same host code would make, with meta tensors of a model's shape, come back as a list. That is what the
+ahead-of-time compilation tests and the time predictions read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETER = 0  # the architecture of Triton's interpreter
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: `arguments` by parameter name, compile-time ones and num_warps included."""
+
+    kernel: triton.runtime.jit.JITFunction
+    grid: tuple[int, ...]
+    arguments: dict[str, object]
+
+
+@dataclass
+class _Recording:
+    architecture: int
+    launches: list[Launch]
+
+
+_RECORDING: ContextVar[_Recording | None] = ContextVar("ttt_kernels_triton_recording", default=None)
+
+
+@contextmanager
+def record(architecture: int) -> Iterator[list[Launch]]:
+    """Collect launches for a GPU of `architecture` (80, 90, 100) without running them."""
+    recording = _Recording(architecture, [])
+    token = _RECORDING.set(recording)
+    try:
+        yield recording.launches
+    finally:
+        _RECORDING.reset(token)
+
+
+def interpreted() -> bool:
+    """Does Triton run its kernels in Python (TRITON_INTERPRET=1 when it was imported)?"""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def architecture(device: torch.device) -> int:
+    """10 * major + minor of a GPU's compute capability; INTERPRETER where Triton interprets."""
+    recording = _RECORDING.get()
+    if recording is not None:
+        return recording.architecture
+    if interpreted():
+        return INTERPRETER
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """`tl.dot` of float32 is IEEE float32 unless torch's own switch allows TF32."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
+def launch(kernel, grid: tuple[int, ...], **arguments) -> None:
+    """`kernel[grid](**arguments)` on the device of its tensors; an empty grid launches nothing."""
+    recording = _RECORDING.get()
+    if recording is not None:
+        recording.launches.append(Launch(kernel, grid, arguments))
+        return
+    if 0 in grid:
+        return
+    device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
+    if device.type == "cpu":
+        kernel[grid](**arguments)
+        return
+    with torch.cuda.device(device):
+        kernel[grid](**arguments)
