@@ -90,6 +90,8 @@ class FastWeightMLP(nn.Module):
         ttt_proj: P, with `.weight` [D, D] in the dtype of W0; None without `rule.use_proj`.
         ttt_conv: with `.weight` [D, 1, 5], for `rule.target == "conv"` only.
         layer_index: of the decoder layer it is in; None outside a model.
+        read_write: what a call without a state does with z, v and W0: `read_and_write`, or what
+            `ttt_kernels.distributed` puts in its place.
 
     Precision: as the ops declare it; operands in the dtype of x.
     Cost: as `fast_weight_scan`, plus 2 D^2 FLOPs per token for P.
@@ -118,6 +120,7 @@ class FastWeightMLP(nn.Module):
             self.ttt_conv = TargetWeight(d, 1, CONV_TAPS, like=w0).train(mlp.training)
         self.training = mlp.training
         self.layer_index: int | None = None
+        self.read_write = read_and_write
         self._facts: BatchFacts | None = None
 
     def forward(self, x: Tensor, facts: BatchFacts | None = None) -> Tensor:
@@ -180,6 +183,12 @@ class FastWeightMLP(nn.Module):
         """Rows with their real tokens in front."""
         if state is None:
             return self._scan(x, u, None)
+        if self.read_write is not read_and_write:
+            raise NotImplementedError(
+                "a fast weight that is split over processes cannot stream, because every write would "
+                "have to be refused or done by all of them together: call without a cache "
+                "(use_cache=False)"
+            )
         shape = (self.hidden_size, self.intermediate_size)
         if state.signature.shape != shape:
             raise ValueError(
@@ -197,26 +206,18 @@ class FastWeightMLP(nn.Module):
         return self.down_proj(self._keys(x), x if u is None else u, scan=scan)
 
     def _scan(self, x: Tensor, u: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        rule, z = self.rule, self._keys(x)
-        v, step_size = self._terms(z, x if u is None else u, cu_seqlens)
-        options = {"chunk_size": rule.chunk_size, "cu_seqlens": cu_seqlens}
-        scan = partial(
-            _read_and_write, step_size=step_size, preserve=rule.preserve_row_norm, chunks=options
-        )
+        z, v = self._keys(x), self._target(x if u is None else u, cu_seqlens)
+        scan = partial(self.read_write, rule=self.rule, cu_seqlens=cu_seqlens)
         return self.down_proj(z, v, scan=scan)
 
-    def _terms(self, z: Tensor, u: Tensor, cu_seqlens: Tensor | None = None):
+    def _terms(self, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor | float]:
         """What the tokens write, and the step size of every chunk."""
-        rule = self.rule
-        chunks = {"chunk_size": rule.chunk_size, "cu_seqlens": cu_seqlens}
-        v = self._target(u, chunks)
-        if rule.inner_optimizer == "specnorm":
-            return v, spectral_step_size(z, v, lr=rule.lr, **chunks)
-        if rule.inner_optimizer == "clip":
-            return v, clipped_step_size(z, v, lr=rule.lr, max_norm=rule.max_norm, **chunks)
-        return v, rule.lr
+        v = self._target(u, None)
+        return v, step_sizes(self.rule, z, v, None)
 
-    def _target(self, u: Tensor, chunks: dict) -> Tensor:
+    def _target(self, u: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        chunks = {"chunk_size": self.rule.chunk_size, "cu_seqlens": cu_seqlens}
+
         def target(u: Tensor, proj: Tensor | None) -> Tensor:
             if self.rule.target == "next_token":
                 return next_token_target(u, proj, horizon=self.rule.horizon, **chunks)
@@ -228,8 +229,27 @@ class FastWeightMLP(nn.Module):
         return f"rule={self.rule}"
 
 
-def _read_and_write(z, v, w0, *, step_size, preserve, chunks):
-    return fast_weight_scan(z, v, w0, step_size=step_size, preserve_row_norm=preserve, **chunks)[0]
+def step_sizes(
+    rule: WriteRule, z: Tensor, v: Tensor, cu_seqlens: Tensor | None
+) -> Tensor | float:
+    """The step size of every chunk under `rule`: a number, or [B, NC]."""
+    chunks = {"chunk_size": rule.chunk_size, "cu_seqlens": cu_seqlens}
+    if rule.inner_optimizer == "specnorm":
+        return spectral_step_size(z, v, lr=rule.lr, **chunks)
+    if rule.inner_optimizer == "clip":
+        return clipped_step_size(z, v, lr=rule.lr, max_norm=rule.max_norm, **chunks)
+    return rule.lr
+
+
+def read_and_write(
+    z: Tensor, v: Tensor, w0: Tensor, *, rule: WriteRule, cu_seqlens: Tensor | None
+) -> Tensor:
+    """y of sequences that start from the slow weight and leave no state."""
+    y, _ = fast_weight_scan(
+        z, v, w0, chunk_size=rule.chunk_size, step_size=step_sizes(rule, z, v, cu_seqlens),
+        preserve_row_norm=rule.preserve_row_norm, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    return y
 
 
 def slow_linear(mlp: nn.Module) -> nn.Linear:

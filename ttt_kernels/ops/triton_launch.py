@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+DESCRIPTORS_SINCE = 90
 INTERPRETER = 0  # the architecture of Triton's interpreter
 
 
@@ -68,6 +69,22 @@ def input_precision(dtype: torch.dtype) -> str:
     """`tl.dot` of float32 is IEEE float32 unless torch's own switch allows TF32."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return "tf32" if tf32 else "ieee"
+
+
+def descriptor(x: Tensor, block: tuple[int, int]):
+    """A tensor-memory-accelerator view of x [rows, columns], contiguous, read in tiles of `block`; None
+    where the GPU (before sm_90) or the sizes (rows of a multiple of 16 bytes) do not allow one.
+
+    Reads past the end of x give zeros.
+    """
+    bytes_per_row = x.shape[1] * x.element_size()
+    if not 0 < x.numel() or len(x) >= 2**31:
+        return None
+    if architecture(x.device) < DESCRIPTORS_SINCE or bytes_per_row % 16 or x.data_ptr() % 16:
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
 
 
 def launch(kernel, grid: tuple[int, ...], **arguments) -> None:

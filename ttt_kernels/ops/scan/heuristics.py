@@ -85,8 +85,8 @@ PROCESSORS = {INTERPRETED: 1, 80: 108, 86: 84, 90: 132, 100: 148, 120: 170}
 # Candidates by (architecture, bytes of an operand), and by how much slower than the first per FLOP each
 # is taken to be: a smaller tile reads its operands more often.
 _WIDE = {
-    80: ((Tiles(128, 128, 128, 32, 4, 4), 1.0), (Tiles(64, 128, 64, 32, 4, 4), 1.25)),
-    86: ((Tiles(128, 128, 128, 32, 4, 3), 1.0), (Tiles(64, 64, 64, 32, 4, 4), 1.4)),
+    80: ((Tiles(128, 128, 128, 32, 8, 4), 1.0), (Tiles(64, 128, 64, 32, 4, 4), 1.25)),
+    86: ((Tiles(128, 128, 128, 32, 8, 4), 1.0), (Tiles(64, 64, 64, 32, 4, 4), 1.4)),
     90: ((Tiles(128, 256, 128, 64, 8, 3), 1.0), (Tiles(128, 128, 128, 64, 8, 4), 1.1),
          (Tiles(64, 128, 64, 64, 4, 4), 1.35)),
     100: ((Tiles(128, 256, 128, 64, 8, 3), 1.0), (Tiles(128, 128, 128, 64, 8, 4), 1.15),

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ttt_kernels.ops.scan.blocks import COLUMNS, BlockTable, block_table
 from ttt_kernels.ops.scan.heuristics import Tiles, forward_tiles, fused_super_chunk
-from ttt_kernels.ops.triton_launch import architecture, input_precision, launch
+from ttt_kernels.ops.triton_launch import architecture, descriptor, input_precision, launch
 from ttt_kernels.types import NORM_FLOOR, ceil_div
 
 TABLE: tl.constexpr = tl.constexpr(COLUMNS)
@@ -61,13 +61,15 @@ def sum_partials(norms, i_sequence, o_d, m_d, parts, D):
 @triton.jit
 def scan_fwd_step_kernel(
     z, v, y, raw, base, state, shadow, next_shadow, norms, next_norms, w0_norms, step_size, scores,
-    blocks, lr, sequences, D, F, CHUNK, BLOCK, base_stride, norm_parts, apply_tiles,
-    WRITE_LAST: tl.constexpr, NO_TOKENS: tl.constexpr, HAS_STEPS: tl.constexpr,
+    blocks, z_rows, z_columns, v_columns, w_rows, lr, D, F, CHUNK, BLOCK, base_stride, norm_parts,
+    apply_tiles, WRITE_LAST: tl.constexpr, NO_TOKENS: tl.constexpr, HAS_STEPS: tl.constexpr,
     PRESERVE: tl.constexpr, SUPER: tl.constexpr, EVEN_F: tl.constexpr, EVEN_D: tl.constexpr,
-    EVEN_C: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_C: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Programs [0, apply_tiles) apply, the others write; see the top of the file."""
+    """Programs [0, apply_tiles) apply, the others write; see the top of the file. `z_rows` [t, k],
+    `z_columns` [k, f], `v_columns` [k, d] and `w_rows` [d, k] are descriptors of z, v and the shadow,
+    or all None."""
     i_program = tl.program_id(0)
     columns = tl.cdiv(D, BLOCK_D)
     if i_program < apply_tiles:
@@ -80,15 +82,20 @@ def scan_fwd_step_kernel(
             o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
             m_d = o_d < D
             m_y = (o_t < tokens)[:, None] & m_d[None, :]
-            # Rows past the end repeat the last one: they are not stored, and need no mask.
-            r_t = (first + tl.minimum(o_t, tokens - 1))[:, None]
-            r_d = (o_d if EVEN_D else tl.minimum(o_d, D - 1))[:, None].to(tl.int64)
+            # Rows past the end repeat the last one: they are not stored, and need no mask. Offsets
+            # inside a tile are 32 bits wide, those of its corner 64: registers are what is scarce.
+            r_t = tl.minimum(tl.arange(0, BLOCK_T), tokens - 1 - i_t * BLOCK_T)[:, None]
+            r_d = tl.arange(0, BLOCK_D) if EVEN_D else tl.minimum(tl.arange(0, BLOCK_D), D - 1 - i_d * BLOCK_D)
             b_y = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
             o_k = tl.arange(0, BLOCK_K)
-            p_z = z + r_t * F + o_k[None, :]
-            p_w = shadow + i_sequence * D * F + r_d * F + o_k[None, :]
+            i_row = first + i_t * BLOCK_T
+            p_z = (z + i_row * F) + (r_t * F + o_k[None, :])
+            p_w = (shadow + (i_sequence * D + i_d * BLOCK_D) * F) + (r_d[:, None] * F + o_k[None, :])
             for i_k in range(0, F, BLOCK_K):
-                if EVEN_F:
+                if DESCRIPTORS:
+                    b_z = z_rows.load([i_row.to(tl.int32), i_k])
+                    b_w = w_rows.load([(i_sequence * D).to(tl.int32) + i_d * BLOCK_D, i_k])
+                elif EVEN_F:
                     b_z, b_w = tl.load(p_z + i_k), tl.load(p_w + i_k)
                 else:
                     m_k = (i_k + o_k < F)[None, :]
@@ -102,20 +109,25 @@ def scan_fwd_step_kernel(
                     o_u = i_u + o_k
                     m_u = o_u < seen
                     earlier = (o_u // CHUNK)[None, :] < (o_t // CHUNK)[:, None]
-                    b_p = tl.load(scores + r_t * BLOCK + o_u[None, :], mask=m_u[None, :] & earlier, other=0.0)
-                    p_v = v + (first + o_u)[:, None] * D + o_d[None, :]
-                    b_v = tl.load(p_v, mask=m_u[:, None] & m_d[None, :], other=0.0)
+                    p_p = (scores + i_row * BLOCK) + (r_t * BLOCK + o_u[None, :])
+                    p_v = (v + (first + i_u) * D) + (o_k[:, None] * D + o_d[None, :])
+                    if EVEN_C:  # whole tiles of tokens are seen, or none
+                        b_p, b_v = tl.load(p_p), tl.load(p_v, mask=m_d[None, :], other=0.0)
+                    else:
+                        b_p = tl.load(p_p, mask=m_u[None, :], other=0.0)
+                        b_v = tl.load(p_v, mask=m_u[:, None] & m_d[None, :], other=0.0)
+                    b_p = tl.where(earlier, b_p, 0.0)  # what is not earlier may be anything
                     b_y = tl.dot(b_p, b_v, b_y, input_precision=PRECISION)
             if PRESERVE and SUPER:
                 i_block = i_program // (rows * columns)
-                p_y = raw + (i_block * BLOCK + o_t).to(tl.int64)[:, None] * D + o_d[None, :]
+                p_y = (raw + i_block.to(tl.int64) * BLOCK * D) + (o_t[:, None] * D + o_d[None, :])
                 tl.store(p_y, b_y, mask=m_y)
             else:
                 if PRESERVE:
                     norm = sum_partials(norms, i_sequence, o_d, m_d, norm_parts, D)
                     w0_norm = sum_partials(w0_norms, 0, o_d, m_d, norm_parts, D)
                     b_y *= tl.sqrt(w0_norm / tl.maximum(norm, FLOOR))[None, :]
-                p_y = y + (first + o_t)[:, None] * D + o_d[None, :]
+                p_y = (y + first * D) + (o_t[:, None] * D + o_d[None, :])
                 tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_y)
     else:
         i_tile = i_program - apply_tiles
@@ -126,57 +138,86 @@ def scan_fwd_step_kernel(
         if NO_TOKENS or (written > 0 and (WRITE_LAST or last == 0)):
             o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
             o_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
-            m_d, m_f = o_d < D, o_f < F
-            m_w = m_d[:, None] & m_f[None, :]
-            o_w = o_d[:, None].to(tl.int64) * F + o_f[None, :]
-            p_base = base + i_sequence * base_stride + o_w
-            if SUPER:
-                b_w = tl.load(p_base, mask=m_w, other=0.0).to(tl.float32)
+            corner = i_d.to(tl.int64) * BLOCK_D * F + i_f * BLOCK_F
+            p_base = base + i_sequence * base_stride + corner
+            p_state, p_shadow = state + i_sequence * D * F + corner, next_shadow + i_sequence * D * F + corner
             length = 0 if NO_TOKENS else written
             b_g = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
             if SUPER:
+                m_w = (o_d < D)[:, None] & (o_f < F)[None, :]
+                o_w = tl.arange(0, BLOCK_D)[:, None] * F + tl.arange(0, BLOCK_F)[None, :]
+                b_w = tl.load(p_base + o_w, mask=m_w, other=0.0).to(tl.float32)
                 for i_c in range(0, length, CHUNK):
                     b_g = write_tokens(
-                        z, v, first, i_c, i_c + CHUNK, o_d, o_f, D, F, b_g * 0.0,
-                        EVEN_C, EVEN_D, EVEN_F, PRECISION, BLOCK_K,
+                        z, v, z_columns, v_columns, first, i_c, i_c + CHUNK, i_d, i_f, D, F, b_g * 0.0,
+                        EVEN_C, EVEN_D, EVEN_F, DESCRIPTORS, PRECISION, BLOCK_D, BLOCK_F, BLOCK_K,
                     )  # fmt: skip
                     step = tl.load(step_size + i_chunk + i_c // CHUNK) if HAS_STEPS else lr
                     b_w += step * b_g
+                sums = store_state(b_w, p_state + o_w, p_shadow + o_w, m_w)
             else:
                 b_g = write_tokens(
-                    z, v, first, 0, length, o_d, o_f, D, F, b_g,
-                    EVEN_C, EVEN_D, EVEN_F, PRECISION, BLOCK_K,
+                    z, v, z_columns, v_columns, first, 0, length, i_d, i_f, D, F, b_g,
+                    EVEN_C, EVEN_D, EVEN_F, DESCRIPTORS, PRECISION, BLOCK_D, BLOCK_F, BLOCK_K,
                 )  # fmt: skip
-                b_w = tl.load(p_base, mask=m_w, other=0.0).to(tl.float32)
                 step = tl.load(step_size + i_chunk) if HAS_STEPS and not NO_TOKENS else lr
-                b_w += step * b_g
-            o_w += i_sequence * D * F
-            tl.store(state + o_w, b_w, mask=m_w)
-            tl.store(next_shadow + o_w, b_w.to(next_shadow.dtype.element_ty), mask=m_w)
+                # In quarters: a whole tile of W beside its update would not fit in registers.
+                m_d = o_d < D
+                left, right = halve(b_g, BLOCK_D, BLOCK_F)
+                sums = tl.zeros([BLOCK_D], tl.float32)
+                for i_h in tl.static_range(2):
+                    parts = halve(left if i_h == 0 else right, BLOCK_D, BLOCK_F // 2)
+                    for i_q in tl.static_range(2):
+                        o_n = (2 * i_h + i_q) * (BLOCK_F // 4) + tl.arange(0, BLOCK_F // 4)
+                        m_w = m_d[:, None] & (i_f * BLOCK_F + o_n < F)[None, :]
+                        o_w = tl.arange(0, BLOCK_D)[:, None] * F + o_n[None, :]
+                        b_w = tl.load(p_base + o_w, mask=m_w, other=0.0).to(tl.float32) + step * parts[i_q]
+                        sums += store_state(b_w, p_state + o_w, p_shadow + o_w, m_w)
             if PRESERVE:
                 p_n = next_norms + (i_sequence * tl.cdiv(F, BLOCK_F) + i_f) * D + o_d
-                b_w = tl.where(m_f[None, :], b_w, 0.0)  # repeated columns do not count
-                tl.store(p_n, tl.sum(b_w * b_w, axis=1), mask=m_d)
+                tl.store(p_n, sums, mask=o_d < D)
+
+
+@triton.jit
+def halve(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of a tile."""
+    return x.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def store_state(b_w, p_state, p_shadow, m_w):
+    """Store a tile of W and its rounded copy; the row sums of its squares."""
+    tl.store(p_state, b_w, mask=m_w)
+    tl.store(p_shadow, b_w.to(p_shadow.dtype.element_ty), mask=m_w)
+    b_w = tl.where(m_w, b_w, 0.0)  # columns past the end hold repeated ones
+    return tl.sum(b_w * b_w, axis=1)
 
 
 @triton.jit
 def write_tokens(
-    z, v, first, start, stop, o_d, o_f, D, F, b_g, EVEN_C: tl.constexpr, EVEN_D: tl.constexpr,
-    EVEN_F: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+    z, v, z_columns, v_columns, first, start, stop, i_d, i_f, D, F, b_g, EVEN_C: tl.constexpr,
+    EVEN_D: tl.constexpr, EVEN_F: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """b_g + sum over tokens [start, stop) of v_t z_t^T for one tile of W."""
     o_k = tl.arange(0, BLOCK_K)
     # Columns past the end repeat the last one: what they make is not stored.
+    o_d, o_f = i_d * BLOCK_D + tl.arange(0, BLOCK_D), i_f * BLOCK_F + tl.arange(0, BLOCK_F)
     r_d = o_d if EVEN_D else tl.minimum(o_d, D - 1)
     r_f = o_f if EVEN_F else tl.minimum(o_f, F - 1)
+    p_v = (v + (first + start) * D) + (o_k[:, None] * D + r_d[None, :])
+    p_z = (z + (first + start) * F) + (o_k[:, None] * F + r_f[None, :])
     for i_k in range(start, stop, BLOCK_K):
-        r_t = (first + i_k + o_k)[:, None]
-        if EVEN_C:
-            b_v, b_z = tl.load(v + r_t * D + r_d[None, :]), tl.load(z + r_t * F + r_f[None, :])
+        if DESCRIPTORS:
+            i_t = first.to(tl.int32) + i_k
+            b_v, b_z = v_columns.load([i_t, i_d * BLOCK_D]), z_columns.load([i_t, i_f * BLOCK_F])
+        elif EVEN_C:
+            b_v, b_z = tl.load(p_v), tl.load(p_z)
         else:
             m_t = (i_k + o_k < stop)[:, None]
-            b_v = tl.load(v + r_t * D + r_d[None, :], mask=m_t, other=0.0)
-            b_z = tl.load(z + r_t * F + r_f[None, :], mask=m_t, other=0.0)
+            b_v, b_z = tl.load(p_v, mask=m_t, other=0.0), tl.load(p_z, mask=m_t, other=0.0)
+        p_v += BLOCK_K * D
+        p_z += BLOCK_K * F
         b_g = tl.dot(tl.trans(b_v), b_z, b_g, input_precision=PRECISION)
     return b_g
 
@@ -255,6 +296,9 @@ def scan_fwd_rescale_kernel(
         norm += growth
 
 
+NO_VIEWS = dict(z_rows=None, z_columns=None, v_columns=None, w_rows=None, DESCRIPTORS=False)
+
+
 class Forward:
     """Buffers and launches of one call; the backward of a super-chunk uses some of them again."""
 
@@ -293,6 +337,17 @@ class Forward:
         shape = (sequences, self.parts, self.d) if self.preserve else (1,)
         return self.float32(*shape)
 
+    def views(self, shadow: Tensor) -> dict:
+        """Descriptors of z, v and the shadow, or None for all where one cannot be had. A tile of tokens
+        must not reach past its chunk: nothing masks it."""
+        t = self.tiles
+        z, v, w = self.z.flatten(0, 1), self.v.flatten(0, 1), shadow.flatten(0, 1)
+        wanted = {"z_rows": (z, (t.t, t.k)), "z_columns": (z, (t.k, t.f)), "v_columns": (v, (t.k, t.d)),
+                  "w_rows": (w, (t.d, t.k))}  # fmt: skip
+        views = {name: descriptor(x, block) for name, (x, block) in wanted.items()}
+        whole = self.chunk % t.k == 0 and None not in views.values()
+        return {**views, "DESCRIPTORS": True} if whole else NO_VIEWS
+
     @property
     def cut(self) -> dict:
         """Compile-time facts and sizes that every launch of the step shares."""
@@ -314,9 +369,8 @@ class Forward:
         launch(
             scan_fwd_step_kernel, grid, z=self.z, v=self.v, y=self.z, raw=self.empty, base=initial,
             state=state, shadow=shadow, next_shadow=shadow, norms=norms, next_norms=norms,
-            w0_norms=norms, scores=self.z, blocks=rows, sequences=len(state),
-            base_stride=self.d * self.f if initial.dim() == 3 else 0, norm_parts=self.parts,
-            apply_tiles=0, WRITE_LAST=True, NO_TOKENS=True, **self.cut,
+            w0_norms=norms, scores=self.z, blocks=rows, base_stride=self.d * self.f if initial.dim() == 3 else 0, norm_parts=self.parts,
+            apply_tiles=0, WRITE_LAST=True, NO_TOKENS=True, **NO_VIEWS, **self.cut,
         )  # fmt: skip
 
     def scores(self) -> Tensor:
@@ -344,8 +398,8 @@ class Forward:
             scan_fwd_step_kernel, (apply_tiles + write_tiles,), z=self.z, v=self.v, y=y, raw=raw,
             base=state, state=state, shadow=shadows[0], next_shadow=shadows[1], norms=norms[0],
             next_norms=norms[1], w0_norms=w0_norms, scores=scores, blocks=blocks,
-            sequences=len(state), base_stride=self.d * self.f, norm_parts=self.parts,
-            apply_tiles=apply_tiles, WRITE_LAST=write_last, NO_TOKENS=False, **self.cut,
+            base_stride=self.d * self.f, norm_parts=self.parts, apply_tiles=apply_tiles,
+            WRITE_LAST=write_last, NO_TOKENS=False, **self.views(shadows[0]), **self.cut,
         )  # fmt: skip
         if self.super and self.preserve:
             width = min(t.d, 64)

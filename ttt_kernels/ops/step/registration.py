@@ -13,19 +13,42 @@ from ttt_kernels.ops._library import register_op
 from ttt_kernels.ops.step import eager
 from ttt_kernels.ops.step.validation import read_slots
 
-APPLY = {"eager": (eager.apply, eager.apply_backward)}
-UPDATE = {"eager": eager.update_}
+
+def _triton_apply(*args):
+    from ttt_kernels.ops.step import triton_apply
+
+    return triton_apply.apply(*args)
 
 
-def _choose(table, impl, z, op):
-    impl = resolve_implementation(impl, z, op)
-    if impl not in table:
-        raise NotImplementedError(f"impl={impl!r}: there is no {impl} implementation of {op}")
-    return table[impl]
+def _triton_apply_backward(*args):
+    from ttt_kernels.ops.step import triton_apply
+
+    return triton_apply.apply_backward(*args)
+
+
+def _triton_update(*args):
+    from ttt_kernels.ops.step import triton_update
+
+    return triton_update.update_(*args)
+
+
+APPLY = {"eager": eager.apply, "triton": _triton_apply}
+APPLY_BACKWARD = {"eager": eager.apply_backward, "triton": _triton_apply_backward}
+UPDATE = {"eager": eager.update_, "triton": _triton_update}
+
+
+def _places(slots, weight, impl, distinct):
+    """The slots as `impl` takes them. Eager needs numbers on the host, and they are checked; the kernels
+    read the tensor, which is checked only where that does not wait for a GPU."""
+    if slots is None:
+        return None
+    places = None if impl == "triton" and slots.is_cuda else read_slots(slots, len(weight), distinct=distinct)
+    return slots.contiguous() if impl == "triton" else places
 
 
 def _apply(z, weight, row_scale, slots, impl):
-    return _choose(APPLY, impl, z, "fast_weight_apply")[0](z, weight, row_scale, read_slots(slots, len(weight), distinct=False))
+    impl = resolve_implementation(impl, z, "fast_weight_apply")
+    return APPLY[impl](z, weight, row_scale, _places(slots, weight, impl, False))
 
 
 def _apply_fake(z, weight, row_scale, slots, impl):
@@ -33,8 +56,9 @@ def _apply_fake(z, weight, row_scale, slots, impl):
 
 
 def _apply_backward(dy, z, weight, row_scale, slots, need_pool, impl):
-    places = read_slots(slots, len(weight), distinct=False)
-    return _choose(APPLY, impl, z, "fast_weight_apply")[1](dy, z, weight, row_scale, places, need_pool)
+    impl = resolve_implementation(impl, z, "fast_weight_apply")
+    places = _places(slots, weight, impl, False)
+    return APPLY_BACKWARD[impl](dy, z, weight, row_scale, places, need_pool)
 
 
 def _apply_backward_fake(dy, z, weight, row_scale, slots, need_pool, impl):
@@ -44,8 +68,8 @@ def _apply_backward_fake(dy, z, weight, row_scale, slots, need_pool, impl):
 
 
 def _update(weight, z, v, step_size, lr, slots, impl):
-    update = _choose(UPDATE, impl, z, "fast_weight_update_")
-    update(weight, z, v, step_size, lr, read_slots(slots, len(weight), distinct=True))
+    impl = resolve_implementation(impl, z, "fast_weight_update_")
+    UPDATE[impl](weight, z, v, step_size, lr, _places(slots, weight, impl, True))
 
 
 def _update_fake(weight, z, v, step_size, lr, slots, impl):
