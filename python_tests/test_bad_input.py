@@ -295,13 +295,18 @@ def test_iterations():
     refuses(spectral, {"iterations": 5.0}, TypeError, "iterations must be an int >= 1, got float")
 
 
-@pytest.mark.parametrize("impl", ["triton", "cuda"])
-def test_missing_implementations_raise_with_the_reason(impl, monkeypatch):
+REASONS = {
+    "triton": "impl='triton' cannot run fast_weight_scan here: "
+    "its kernels take float32, bfloat16 and float16, not float64",
+    "cuda": "impl='cuda': this version of ttt_kernels has no CUDA C++ kernels for fast_weight_scan; "
+    "use impl='triton', 'eager' or 'auto'",
+}
+
+
+@pytest.mark.parametrize("impl", REASONS)
+def test_implementations_that_cannot_run_say_why(impl, monkeypatch):
     """Chosen by argument or by environment: no silent fallback."""
-    message = (
-        f"impl={impl!r}: this version of ttt_kernels has no {impl} kernels for fast_weight_scan; "
-        "use impl='eager' or 'auto'"
-    )
+    message = REASONS[impl]
     refuses(scan, {"impl": impl}, NotImplementedError, message)
     monkeypatch.setenv("TTT_KERNELS_IMPL", impl)
     refuses(scan, {}, NotImplementedError, message)

@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 DESCRIPTORS_SINCE = 90
+AMD = 80  # pointers and modest tiles: shared memory is 64 KiB there
 INTERPRETER = 0  # the architecture of Triton's interpreter
 
 
@@ -61,6 +62,8 @@ def architecture(device: torch.device) -> int:
         return recording.architecture
     if interpreted():
         return INTERPRETER
+    if torch.version.hip is not None:
+        return AMD
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

@@ -14,6 +14,9 @@ which is least at `S* = sqrt(4 D F balance / (D + F))`, independent of C.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from ttt_kernels.types import ceil_div
@@ -128,3 +131,34 @@ def forward_tiles(
         return max(apply, write, total / PROCESSORS[architecture]) * slowness
 
     return min(candidates, key=time)[0]
+
+
+# How one block is read and written. "fused": one launch for both. "split": the library's matrix product
+# reads, a launch writes; only where y needs nothing after the product.
+PLANS = ("fused", "split")
+_PLAN: ContextVar[str | None] = ContextVar("ttt_kernels_scan_plan", default=None)
+
+
+@contextmanager
+def use_plan(plan: str) -> Iterator[None]:
+    """Make the fused scan use a plan in this context: for benchmarks, which tell which one wins."""
+    if plan not in PLANS:
+        raise ValueError(f"plan must be one of {', '.join(PLANS)}, got {plan!r}")
+    token = _PLAN.set(plan)
+    try:
+        yield
+    finally:
+        _PLAN.reset(token)
+
+
+def choose_plan(super_chunk: bool, preserve: bool, packed: bool) -> str:
+    """The plan asked for, else "fused": by the model of `forward_tiles` its write tiles fill the waves
+    that apply tiles leave half empty, and a library product could only save time inside a tile."""
+    plan = _PLAN.get() or "fused"
+    if plan == "split" and (super_chunk or preserve or packed):
+        raise NotImplementedError(
+            "plan='split' reads with one library product for each chunk, so it needs dense rows, chunks "
+            "that are no super-chunks and preserve_row_norm=False; got "
+            f"super_chunk={super_chunk}, preserve_row_norm={preserve}, packed={packed}"
+        )
+    return plan

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ttt_kernels.ops.scan.blocks import COLUMNS, BlockTable, block_table
-from ttt_kernels.ops.scan.heuristics import Tiles, forward_tiles, fused_super_chunk
+from ttt_kernels.ops.scan.heuristics import Tiles, choose_plan, forward_tiles, fused_super_chunk
 from ttt_kernels.ops.triton_launch import architecture, descriptor, input_precision, launch
 from ttt_kernels.types import NORM_FLOOR, ceil_div
 
@@ -388,11 +388,17 @@ class Forward:
         )  # fmt: skip
         return out
 
-    def step(self, n, y, raw, state, shadows, norms, w0_norms, scores, *, write, write_last) -> None:
+    def step(
+        self, n, y, raw, state, shadows, norms, w0_norms, scores, *, write, write_last, plan="fused"
+    ) -> None:
         """Launch n: y of block n from the first shadow; with `write`, the state after it."""
         blocks, t = self.table.of(n), self.tiles
         columns = ceil_div(self.d, t.d)
         apply_tiles = len(blocks) * columns * ceil_div(self.table.length, t.t)
+        if plan == "split":
+            tokens = slice(n * self.table.length, (n + 1) * self.table.length)
+            y[:, tokens] = self.z[:, tokens] @ shadows[0].mT
+            apply_tiles = 0
         write_tiles = len(blocks) * columns * self.parts if write else 0
         launch(
             scan_fwd_step_kernel, (apply_tiles + write_tiles,), z=self.z, v=self.v, y=y, raw=raw,
@@ -431,6 +437,7 @@ def forward(
     block = fused_super_chunk(chunk_size, d, f)
     table = block_table(z.shape[0], z.shape[1], chunk_size, block, cu_seqlens, z.device)
     run = Forward(z, v, w0, step_size, lr, table, chunk_size, preserve_row_norm)
+    plan = choose_plan(run.super, preserve_row_norm, cu_seqlens is not None)
     y = z.new_empty(*z.shape[:2], d)
     carried = run.float32(table.sequences, d, f)
     shadows = [z.new_empty(table.sequences, d, f) for _ in range(2)]
@@ -447,7 +454,7 @@ def forward(
         more = n + 1 < len(table.launches)
         run.step(
             n, y, raw, carried, shadows, norms, w0_norms, scores, write=more or return_state,
-            write_last=return_state,
+            write_last=return_state, plan=plan,
         )  # fmt: skip
         shadows.reverse()
         norms.reverse()
