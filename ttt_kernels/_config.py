@@ -14,3 +14,8 @@ def default_implementation() -> str:
         names = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"TTT_KERNELS_IMPL must be one of {names}, got {name!r}")
     return name
+
+
+def compiling_environment() -> dict[str, str]:
+    """The environment for a process in which Triton is to compile, not to interpret."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

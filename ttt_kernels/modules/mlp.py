@@ -91,7 +91,8 @@ class FastWeightMLP(nn.Module):
         ttt_conv: with `.weight` [D, 1, 5], for `rule.target == "conv"` only.
         layer_index: of the decoder layer it is in; None outside a model.
         read_write: what a call without a state does with z, v and W0: `read_and_write`, or what
-            `ttt_kernels.distributed` puts in its place.
+            `ttt_kernels.distributed` puts in its place where the work is split over processes. That
+            may have a method `plain`, (z, v, W0) -> y, for a disabled call.
 
     Precision: as the ops declare it; operands in the dtype of x.
     Cost: as `fast_weight_scan`, plus 2 D^2 FLOPs per token for P.
@@ -133,8 +134,9 @@ class FastWeightMLP(nn.Module):
         if facts.disabled:
             z = self._keys(x)
             if facts.observe is not None:
+                self._require_whole("be written in closed form")
                 facts.observe(self, x, z)
-            return self.down_proj(z, scan=PLAIN)
+            return self.down_proj(z, scan=getattr(self.read_write, "plain", PLAIN))
         u = self._source(x, facts)
         if facts.valid is not None:
             rows = RowOrder.of(facts.valid)
@@ -158,6 +160,7 @@ class FastWeightMLP(nn.Module):
 
     def signature(self) -> LayerSignature:
         """What a state of this layer must match."""
+        self._require_whole("stream: call without a cache (use_cache=False)")
         w0 = self.slow_weight.detach()
         rule = WriteRule(**{f.name: getattr(self.rule, f.name) for f in fields(WriteRule)})
         sample = torch.empty(0)
@@ -165,6 +168,13 @@ class FastWeightMLP(nn.Module):
             rows, columns = (max(1, n // SAMPLE) for n in w0.shape)
             sample = w0[::rows, ::columns][:SAMPLE, :SAMPLE].flatten().float().cpu()
         return LayerSignature(rule, tuple(w0.shape), sample)
+
+    def _require_whole(self, what: str) -> None:
+        """A write is refused or done as a whole, and a request's weight lies in one place."""
+        if self.read_write is not read_and_write:
+            raise NotImplementedError(
+                f"a fast weight whose work is split over processes cannot {what}"
+            )
 
     def _source(self, x: Tensor, facts: BatchFacts) -> Tensor:
         if self.rule.target_source == "hidden_states":
@@ -183,12 +193,7 @@ class FastWeightMLP(nn.Module):
         """Rows with their real tokens in front."""
         if state is None:
             return self._scan(x, u, None)
-        if self.read_write is not read_and_write:
-            raise NotImplementedError(
-                "a fast weight that is split over processes cannot stream, because every write would "
-                "have to be refused or done by all of them together: call without a cache "
-                "(use_cache=False)"
-            )
+        self._require_whole("stream: call without a cache (use_cache=False)")
         shape = (self.hidden_size, self.intermediate_size)
         if state.signature.shape != shape:
             raise ValueError(

@@ -170,6 +170,13 @@ def unpatch_model(model: nn.Module) -> None:
     del decoder.__dict__[_ATTRIBUTE]
 
 
+def patch_report(model: nn.Module) -> PatchReport | None:
+    """What `patch_model` did to the model; None where it is not patched."""
+    decoder, _ = find_decoder(model)
+    patch: _Patch | None = decoder.__dict__.get(_ATTRIBUTE)
+    return None if patch is None else patch.report
+
+
 def _existing(wanted: tuple[int, ...], count: int) -> tuple[int, ...]:
     absent = [i for i in wanted if i >= count]
     if absent:
@@ -208,8 +215,10 @@ def _install_layer(decoder: nn.Module, patch: _Patch, i: int, cfg: TTTConfig) ->
     fast = FastWeightMLP(mlp, cfg, activation)
     fast.layer_index = i
     if fast.ttt_proj is not None:
-        with torch.no_grad():
-            fast.ttt_proj.weight.copy_(_initial_proj(cfg.proj_init, fast.hidden_size, i))
+        weight = fast.ttt_proj.weight
+        if not weight.is_meta:  # a model that is to be loaded
+            with torch.no_grad():
+                weight.copy_(_initial_proj(cfg.proj_init, fast.hidden_size, i))
     setattr(getattr(decoder, patch.family.layers)[i], patch.family.mlp, fast)
     return sum(m.weight.numel() for m in fast.modules() if isinstance(m, TargetWeight))
 
