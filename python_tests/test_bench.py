@@ -8,15 +8,8 @@ import pytest
 import torch
 
 from ttt_kernels.cli import bench, bench_report, measure
-from ttt_kernels.cli.bench_registry import (
-    DTYPES,
-    MODES,
-    OPERATIONS,
-    SHAPES,
-    Case,
-    Implementation,
-    run_once,
-)
+from ttt_kernels.cli.bench_case import DTYPES, MODES, SHAPES, Case, Implementation, run_once
+from ttt_kernels.cli.bench_registry import OPERATIONS
 from ttt_kernels.cli.bench_suites import SUITES
 from ttt_kernels.cli.main import main
 
@@ -193,7 +186,7 @@ def test_targets_are_reported_not_asserted(capsys):
     assert all(t["measured"] is None and t["reached"] is None for t in empty)
 
     def row(impl: str, case: Case, milliseconds: float) -> bench.Row:
-        return bench.Row(case, impl, milliseconds, 1, 1, 1, 90.0, 100.0, 12, 0.5)
+        return bench.Row(case, impl, milliseconds, 1, 1, 1, 90.0, 100.0, None, None, 12, 0.5)
 
     rows = [row(i, c, 10.0 * (i == "reference") + 4.0) for c in suite.cases
             for i in ("reference", "eager")]  # fmt: skip

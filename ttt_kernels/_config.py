@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 IMPLEMENTATIONS = ("auto", "reference", "eager", "triton", "cuda")
 
@@ -14,6 +16,20 @@ def default_implementation() -> str:
         names = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"TTT_KERNELS_IMPL must be one of {names}, got {name!r}")
     return name
+
+
+@contextmanager
+def chosen_implementation(name: str) -> Iterator[None]:
+    """Make `impl="auto"` mean `name` in this process for a while: for benchmarks and tests of what has
+    no `impl` argument."""
+    before = os.environ.get("TTT_KERNELS_IMPL")
+    os.environ["TTT_KERNELS_IMPL"] = name
+    try:
+        yield
+    finally:
+        os.environ.pop("TTT_KERNELS_IMPL")
+        if before is not None:
+            os.environ["TTT_KERNELS_IMPL"] = before
 
 
 def compiling_environment() -> dict[str, str]:

@@ -11,14 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from ttt_kernels.cli.bench_registry import (
-    DTYPES,
-    OPERATIONS,
-    Case,
-    Implementation,
-    Operation,
-    run_once,
-)
+from ttt_kernels.cli.bench_case import DTYPES, Case, Implementation, Operation, run_once
+from ttt_kernels.cli.bench_registry import OPERATIONS
 from ttt_kernels.cli.measure import Timing, available_memory, extra_memory, time_interleaved
 from ttt_kernels.testing import ScanInputs
 from ttt_kernels.types import compute_dtype
@@ -38,6 +32,8 @@ class Row:
     repeats: int
     gflops: float  # GFLOP/s by the operation's formula
     gemm_gflops: float  # best GEMM rate of the same rounds
+    gbytes: float | None  # GB/s by the operation's formula, where one bounds it
+    copy_gbytes: float | None  # what a copy read and wrote in the same rounds, GB/s
     extra_bytes: int
     error_ratio: float
 
@@ -46,13 +42,21 @@ class Row:
         return self.gflops / self.gemm_gflops
 
     @property
+    def copy_share(self) -> float | None:
+        return None if self.gbytes is None else self.gbytes / self.copy_gbytes
+
+    @property
     def extra_weights(self) -> float:
         return self.extra_bytes / self.case.weight_bytes
 
     def as_record(self) -> dict[str, object]:
         fields = asdict(self)
         case = fields.pop("case")
-        shares = {"gemm_share": self.gemm_share, "extra_weights": self.extra_weights}
+        shares = {
+            "gemm_share": self.gemm_share,
+            "copy_share": self.copy_share,
+            "extra_weights": self.extra_weights,
+        }
         return {"kind": "result", **case, **fields, **shares}
 
 
@@ -79,10 +83,12 @@ class Results:
     def refused(self) -> list[Left]:
         return [x for x in self.left if x.kind == "refused"]
 
-    def find(self, impl: str, mode: str, chunk_size: int) -> Row | None:
-        wanted = (impl, mode, chunk_size)
-        rows = (r for r in self.rows if (r.impl, r.case.mode, r.case.chunk_size) == wanted)
-        return next(rows, None)
+    def find(self, impl: str, mode: str, chunk_size: int, **more: object) -> Row | None:
+        """The row of an implementation; `more` are fields of its case."""
+        wanted = {"mode": mode, "chunk_size": chunk_size, **more}
+        rows = (r for r in self.rows if r.impl == impl)
+        matches = (r for r in rows if all(getattr(r.case, k) == x for k, x in wanted.items()))
+        return next(matches, None)
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ def measure_cases(
     say: Callable[[str], None] = lambda text: None,
     operations: dict[str, Operation] = OPERATIONS,
 ) -> Results:
-    """Check, measure and time `impls` (None = all) of every case.
+    """Check, measure and time `impls` (None = all that can run) of every case.
 
     Cases that differ only in mode share inputs and rounds. Chunk sizes do not, and the longest goes
     first: the reference frees gigabytes at short chunks, and for as long as the machine keeps them at
@@ -110,7 +116,8 @@ def measure_cases(
     results = Results()
     for group in grouped(cases):
         op = operations[group[0].op]
-        measure_group(group, op, list(impls or op.implementations), repeats, say, results)
+        able = [i for i, x in op.implementations.items() if any(x.why_not(c) is None for c in group)]
+        measure_group(group, op, list(impls or able), repeats, say, results)
     return results
 
 
@@ -129,7 +136,7 @@ def measure_group(cases, op: Operation, impls, repeats: int, say, results: Resul
     for case in cases:
         for impl in impls:
             implementation = op.implementations[impl]
-            left = no_such_mode(case, impl, op)
+            left = cannot_run(case, impl, op)
             left = left or not_enough_memory(case, impl, implementation, device)
             if left is None:
                 key = (case.chunk_size, impl)
@@ -146,15 +153,20 @@ def measure_group(cases, op: Operation, impls, repeats: int, say, results: Resul
     if not candidates:
         return
     gemms = gemm_calls(cases, op, device)
+    copy, copied = copy_call(device) if op.traffic else (None, 0)
     for call, _ in gemms.values():
         call()
     say(f"timing {len(candidates)} candidates, {repeats} interleaved rounds")
     calls = {c: c.call for c in candidates} | {shape: call for shape, (call, _) in gemms.items()}
+    if copy is not None:
+        calls["copy"] = copy
     times = time_interleaved(calls, repeats, device)
+    bandwidth = copied / times["copy"].median / 1e9 if copy is not None else None
     rate = max(flops / times[shape].median for shape, (_, flops) in gemms.items()) / 1e9
     for candidate in candidates:
         error = errors[candidate.case.chunk_size, candidate.impl]
-        row = row_of(candidate, op, times[candidate], rate, memory[candidate], error)
+        ceilings = (rate, bandwidth)
+        row = row_of(candidate, op, times[candidate], ceilings, memory[candidate], error)
         results.rows.append(row)
 
 
@@ -164,9 +176,10 @@ def bind(case: Case, impl: str, op: Operation, data: ScanInputs) -> Candidate:
 
 
 def row_of(
-    candidate: Candidate, op: Operation, timing: Timing, rate: float, extra: int, error: float
+    candidate: Candidate, op: Operation, timing: Timing, ceilings: tuple, extra: int, error: float
 ) -> Row:
-    case = candidate.case
+    case, (rate, bandwidth) = candidate.case, ceilings
+    forward_only = op.traffic is not None and case.mode == "fwd"
     forward, backward = op.flops(case)
     flops = forward if case.mode == "fwd" else forward + backward
     return Row(
@@ -178,15 +191,18 @@ def row_of(
         repeats=len(timing.seconds),
         gflops=flops / timing.median / 1e9,
         gemm_gflops=rate,
+        gbytes=op.traffic(case) / timing.median / 1e9 if forward_only else None,
+        copy_gbytes=bandwidth,
         extra_bytes=extra,
         error_ratio=error,
     )
 
 
-def no_such_mode(case: Case, impl: str, op: Operation) -> Left | None:
-    if case.mode in op.modes:
-        return None
-    return Left(case, impl, "skipped", f"{case.op} has no gradient")
+def cannot_run(case: Case, impl: str, op: Operation) -> Left | None:
+    why_not = op.implementations[impl].why_not(case)
+    if case.mode not in op.modes:
+        why_not = f"{case.op} has no gradient"
+    return None if why_not is None else Left(case, impl, "skipped", why_not)
 
 
 def not_enough_memory(
@@ -223,6 +239,14 @@ def gemm_calls(cases: Sequence[Case], op: Operation, device: torch.device) -> di
         out = torch.empty(m, n, dtype=dtype, device=device)
         calls[m, k, n] = ((lambda a=a, b=b, out=out: torch.mm(a, b, out=out)), 2 * m * k * n)
     return calls
+
+
+def copy_call(device: torch.device) -> tuple[Callable[[], object], int]:
+    """One copy too large for a cache, and the bytes it reads and writes."""
+    count = 1 << (28 if device.type == "cuda" else 24)
+    source = torch.ones(count, device=device)
+    into = torch.empty_like(source)
+    return (lambda: into.copy_(source)), 2 * count * source.element_size()
 
 
 def describe(case: Case) -> str:

@@ -11,7 +11,8 @@ import torch
 from ttt_kernels.cli import bench_models, bench_report
 from ttt_kernels.cli.arguments import positive_int
 from ttt_kernels.cli.bench import Results, measure_cases
-from ttt_kernels.cli.bench_registry import DTYPES, MODES, OPERATIONS, SHAPES, Case
+from ttt_kernels.cli.bench_case import DTYPES, MODES, SHAPES, Case
+from ttt_kernels.cli.bench_registry import OPERATIONS
 from ttt_kernels.cli.bench_suites import SUITES
 from ttt_kernels.cli.errors import UserError, require
 from ttt_kernels.cli.measure import busy_warning, environment

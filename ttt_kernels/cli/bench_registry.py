@@ -1,130 +1,26 @@
-"""What can be benchmarked: operations, shapes and implementations. A new one is a row."""
+"""What can be benchmarked: one row an operation. A new one is a row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import ttt_kernels as ttt
+from ttt_kernels._config import chosen_implementation
+from ttt_kernels.cli.bench_case import DTYPES, Case, Implementation, Operands, Operation, run_once
+from ttt_kernels.ops._implementations import why_not_triton
 from ttt_kernels.ops.ridge import reference as ridge_reference
+from ttt_kernels.ops.scan.heuristics import fused_super_chunk, use_plan
 from ttt_kernels.ops.step_size import reference as step_size_reference
 from ttt_kernels.ops.target import reference as target_reference
-from ttt_kernels.testing import ScanInputs, check_scan, error_ratio, make_inputs
+from ttt_kernels.testing import ScanInputs, check_scan, error_ratio
 from ttt_kernels.testing.contract import RoundTo
-from ttt_kernels.types import ceil_div, compute_dtype
+from ttt_kernels.types import compute_dtype
 
 CONV_TAPS = 5
 GRAM_SLACK = 4.0
-MODES = ("fwd", "fwd+bwd")
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
-SHAPES = {  # (D, F) of the released backbones
-    "llama-3.1-8b": (4096, 14336),
-    "mistral-7b": (4096, 14336),
-    "qwen3-4b": (2560, 9728),
-    "qwen3-0.6b": (1024, 3072),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One problem; implementations of it are comparable."""
-
-    op: str
-    shape: str
-    d: int
-    f: int
-    tokens: int
-    chunk_size: int
-    mode: str = "fwd"
-    dtype: str = "float32"
-    batch: int = 1
-    preserve_row_norm: bool = False
-    device: str = "cpu"
-
-    @property
-    def chunks(self) -> int:
-        return ceil_div(self.tokens, self.chunk_size)
-
-    @property
-    def weight_bytes(self) -> int:
-        """One float32 weight, the unit of extra memory."""
-        return 4 * self.d * self.f
-
-    def inputs(self, seed: int = 0) -> ScanInputs:
-        size = (self.batch, self.tokens, self.d, self.f)
-        return make_inputs(*size, dtype=DTYPES[self.dtype], device=self.device, seed=seed)
-
-    def short(self) -> Case:
-        """The same widths and chunks, with just enough tokens for writes, super-chunks, a tail."""
-        tokens = max(2 * self.chunk_size + self.chunk_size // 2, 512)
-        return replace(self, batch=1, tokens=min(self.tokens, tokens))
-
-
-@dataclass(frozen=True)
-class Operands:
-    """`call(*leaves, **options)` is the operation; `dy` is a gradient for its result."""
-
-    leaves: tuple[Tensor, ...]
-    options: dict[str, object]
-    dy: Tensor
-
-    def in_dtype(self, dtype: torch.dtype) -> Operands:
-        leaves = tuple(t.to(dtype) for t in self.leaves)
-        return Operands(leaves, self.options, self.dy.to(compute_dtype(dtype)))
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """`memory(case)` estimates the bytes it needs, so that a hopeless run is not started."""
-
-    call: Callable[..., Tensor]
-    memory: Callable[[Case], int] = lambda case: 0
-
-
-@dataclass(frozen=True)
-class Operation:
-    """A row of the table.
-
-    operands: from a case and its random inputs.
-    flops: (forward, backward) per call, the formulas of the public docstrings.
-    gemms: (m, k, n) of the matrix products it is made of; their best rate is the ceiling.
-    parity: worst error of an implementation over the budget of its precision contract.
-    contract: the contract in plain torch, for `reference_parity`; None = the reference.
-    slack: how many times the budget it may use. The Gram form squares the condition number of the
-        literal formula, which is the contract it is held against.
-    row_norm: whether preserve_row_norm means anything here.
-    modes: those it has; without a gradient, "fwd" alone.
-    """
-
-    operands: Callable[[Case, ScanInputs], Operands]
-    implementations: Mapping[str, Implementation]
-    flops: Callable[[Case], tuple[int, int]]
-    gemms: Callable[[Case], tuple[tuple[int, int, int], ...]]
-    parity: Callable[[Case, Operation, str], float] = field(
-        default=lambda case, op, impl: reference_parity(case, op, impl)
-    )
-    contract: Callable[..., Tensor] | None = None
-    slack: float = 1.0
-    row_norm: bool = False
-    modes: tuple[str, ...] = MODES
-
-
-def run_once(call: Callable[..., Tensor], operands: Operands, mode: str) -> tuple:
-    """The result, and with "fwd+bwd" the gradient of every leaf."""
-    if mode == "fwd":
-        with torch.no_grad():
-            return (call(*operands.leaves, **operands.options),)
-    leaves = [t.detach().requires_grad_() for t in operands.leaves]
-    result = call(*leaves, **operands.options)
-    return (result.detach(), *torch.autograd.grad(result, leaves, operands.dy.to(result.dtype)))
 
 
 def scan_with(impl: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
@@ -133,6 +29,39 @@ def scan_with(impl: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     def call(z, v, w0, **options):
         y, state = ttt.fast_weight_scan(z, v, w0, impl=impl, **options)
         return y if state is None else (y, state)
+
+    return call
+
+
+def no_triton(case: Case) -> str | None:
+    """The interpreter is for tests: its times mean nothing."""
+    if case.device == "cpu":
+        return "Triton kernels need a GPU (--device cuda)"
+    return why_not_triton(torch.device(case.device), DTYPES[case.dtype])
+
+
+def no_split(case: Case) -> str | None:
+    length = fused_super_chunk(case.chunk_size, case.d, case.f)
+    if case.preserve_row_norm or length > case.chunk_size:
+        return "the split plan is for long chunks without row norms"
+    return no_triton(case)
+
+
+def split_scan(*leaves, **options):
+    with use_plan("split"):
+        return scan_with("triton")(*leaves, **options)
+
+
+def fused(call: Callable[..., Tensor], why_not=no_triton) -> Implementation:
+    return Implementation(call, why_not=why_not)
+
+
+def by_choice(impl: str, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An operation without an `impl` argument, run by one."""
+
+    def call(*args, **options):
+        with chosen_implementation(impl):
+            return op(*args, **options)
 
     return call
 
@@ -291,9 +220,11 @@ def gradient_memory(case: Case) -> int:
     return copies * case.batch * case.d * case.f * itemsize
 
 
-def two(reference: Callable[..., Tensor], eager: Callable[..., Tensor], memory=None) -> dict:
+def implementations(reference: Callable[..., Tensor], op: Callable[..., Tensor], memory=None) -> dict:
+    """Of an operation whose implementation is chosen by name."""
     of_reference = Implementation(reference, memory) if memory else Implementation(reference)
-    return {"reference": of_reference, "eager": Implementation(eager)}
+    eager, triton = (Implementation(by_choice("eager", op)), fused(by_choice("triton", op)))
+    return {"reference": of_reference, "eager": eager, "triton": triton}
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -302,6 +233,8 @@ OPERATIONS: dict[str, Operation] = {
         implementations={
             "reference": Implementation(scan_with("reference"), scan_reference_memory),
             "eager": Implementation(scan_with("eager")),
+            "triton": fused(scan_with("triton")),
+            "triton-split": fused(split_scan, no_split),
         },
         flops=lambda c: per_token(4 * c.d * c.f, 10 * c.d * c.f, c),
         gemms=lambda c: ((c.tokens, c.f, c.d), (c.d, min(c.chunk_size, c.tokens), c.f)),
@@ -310,54 +243,66 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "fast_weight_apply": Operation(
         operands=apply_operands,
-        implementations=two(apply_with("reference"), apply_with("eager")),
+        implementations=implementations(apply_with("reference"), apply_with("auto")),
         flops=lambda c: per_token(2 * c.d * c.f, 4 * c.d * c.f, c),
+        traffic=lambda c: c.batch * c.weight_bytes,
         gemms=lambda c: ((c.tokens, c.f, c.d),),
         contract=rounded_apply,
+        parity=reference_parity,
     ),
     "fast_weight_update_": Operation(
         operands=update_operands,
-        implementations=two(update_with("reference"), update_with("eager")),
+        implementations=implementations(update_with("reference"), update_with("auto")),
         flops=lambda c: (2 * c.d * c.f * written(c), 0),
+        traffic=lambda c: 2 * c.batch * c.weight_bytes,
         gemms=lambda c: ((c.d, min(c.chunk_size, c.tokens), c.f),),
         modes=("fwd",),
+        parity=reference_parity,
     ),
     "ridge_write": Operation(
         operands=ridge_operands,
-        implementations=two(ridge_released, lambda *leaves: ttt.ridge_write(*leaves).delta),
+        implementations={
+            "reference": Implementation(ridge_released),
+            "eager": Implementation(lambda *leaves: ttt.ridge_write(*leaves).delta),
+        },
         flops=ridge_flops,
         gemms=lambda c: ((c.tokens, c.f, c.d), (c.d, c.tokens, c.f)),
         slack=GRAM_SLACK,
         modes=("fwd",),
+        parity=reference_parity,
     ),
     "next_token_target": Operation(
         operands=next_token_operands,
-        implementations=two(target_reference.next_token_target, ttt.next_token_target),
+        implementations=implementations(target_reference.next_token_target, ttt.next_token_target),
         flops=lambda c: per_token(2 * c.d**2, 4 * c.d**2, c),
         gemms=projection_gemms,
         contract=whole_projection(target_reference.next_token_target),
+        parity=reference_parity,
     ),
     "conv_target": Operation(
         operands=conv_operands,
-        implementations=two(target_reference.conv_target, ttt.conv_target),
+        implementations=implementations(target_reference.conv_target, ttt.conv_target),
         flops=lambda c: per_token(
             2 * c.d**2 + 2 * CONV_TAPS * c.d, 4 * c.d**2 + 4 * CONV_TAPS * c.d, c
         ),
         gemms=projection_gemms,
         contract=whole_projection(target_reference.conv_target),
+        parity=reference_parity,
     ),
     "spectral_step_size": Operation(
         operands=step_operands(),
-        implementations=two(step_size_reference.spectral, ttt.spectral_step_size, gradient_memory),
+        implementations=implementations(step_size_reference.spectral, ttt.spectral_step_size, gradient_memory),
         flops=gram_flops,
         gemms=gram_gemms,
         slack=GRAM_SLACK,
+        parity=reference_parity,
     ),
     "clipped_step_size": Operation(
         operands=step_operands(max_norm=1.0),
-        implementations=two(step_size_reference.clipped, ttt.clipped_step_size, gradient_memory),
+        implementations=implementations(step_size_reference.clipped, ttt.clipped_step_size, gradient_memory),
         flops=gram_flops,
         gemms=gram_gemms,
         slack=GRAM_SLACK,
+        parity=reference_parity,
     ),
 }

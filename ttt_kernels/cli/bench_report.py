@@ -8,13 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from ttt_kernels.cli.bench import Results, Row
-from ttt_kernels.cli.bench_registry import Case
+from ttt_kernels.cli.bench_case import Case
 from ttt_kernels.cli.errors import require
 from ttt_kernels.cli.measure import machine
 from ttt_kernels.cli.tables import new_table
 
 EXTRA = "bench"
-COLOURS = {"reference": "#8c8c8c", "eager": "#1f77b4", "triton": "#2ca02c", "cuda": "#d62728"}
+COLOURS = {
+    "reference": "#8c8c8c", "eager": "#1f77b4", "triton": "#2ca02c", "triton-split": "#98df8a",
+    "cuda": "#d62728",
+}  # fmt: skip
 
 
 def print_results(results: Results, environment: dict, targets: list[dict]) -> None:
@@ -55,9 +58,9 @@ def heading(rows: list[Row]) -> str:
 
 
 def results_table(rows: list[Row]):
+    bound = "GEMM" if all(row.copy_share is None for row in rows) else "copy"
     names = (
-        "C", "mode", "impl", "ms", "p20-p80", "GFLOP/s", "GEMM", "faster", "MiB", "weights",
-        "error",
+        "C", "mode", "impl", "ms", "p20-p80", "GFLOP/s", bound, "faster", "MiB", "weights", "error",
     )  # fmt: skip
     table = new_table(names, EXTRA, left=3)
     previous = None
@@ -74,9 +77,16 @@ def cells(row: Row, rows: list[Row]) -> list[str]:
     return [
         str(case.chunk_size), case.mode, row.impl, number(row.milliseconds),
         f"{number(row.milliseconds_p20)}-{number(row.milliseconds_p80)}", f"{row.gflops:.0f}",
-        f"{row.gemm_share:.0%}", speed_up(row, rows), f"{row.extra_bytes / 2**20:.0f}",
+        ceiling_share(row, rows), speed_up(row, rows), f"{row.extra_bytes / 2**20:.0f}",
         f"{row.extra_weights:.1f}", f"{row.error_ratio:.2f}",
     ]  # fmt: skip
+
+
+def ceiling_share(row: Row, rows: list[Row]) -> str:
+    """Of the GEMM rate; of the copy rate where moving bytes is what bounds the operation."""
+    if all(other.copy_share is None for other in rows):
+        return f"{row.gemm_share:.0%}"
+    return "-" if row.copy_share is None else f"{row.copy_share:.0%}"
 
 
 def number(value: float) -> str:

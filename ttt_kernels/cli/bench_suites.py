@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ttt_kernels.cli.bench import Results
-from ttt_kernels.cli.bench_registry import MODES, SHAPES, Case
+from ttt_kernels.cli.bench_case import MODES, SHAPES, Case
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import ttt_kernels as ttt
-from ttt_kernels.cli.bench_registry import MODES, OPERATIONS, Operands, run_once
+from ttt_kernels.cli.bench_case import MODES, Operands, run_once
+from ttt_kernels.cli.bench_registry import OPERATIONS
 from ttt_kernels.cli.measure import extra_memory, synchronize, time_interleaved
 from ttt_kernels.modules import FastWeightMLP, WriteRule
 from ttt_kernels.testing import ScanInputs, check_scan

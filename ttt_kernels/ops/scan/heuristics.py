@@ -71,7 +71,7 @@ class Tiles:
 
     Shared memory: stages * k * (the two operand edges) * itemsize, at most what a block of the
     architecture may have. Registers: t * d or d * f float32 accumulators over 32 * warps threads, twice
-    that in the write of a super-chunk.
+    that in the write of a super-chunk with step sizes.
     """
 
     t: int
@@ -90,16 +90,16 @@ PROCESSORS = {INTERPRETED: 1, 80: 108, 86: 84, 90: 132, 100: 148, 120: 170}
 _WIDE = {
     80: ((Tiles(128, 128, 128, 32, 8, 4), 1.0), (Tiles(64, 128, 64, 32, 4, 4), 1.25)),
     86: ((Tiles(128, 128, 128, 32, 8, 4), 1.0), (Tiles(64, 64, 64, 32, 4, 4), 1.4)),
-    90: ((Tiles(128, 256, 128, 64, 8, 3), 1.0), (Tiles(128, 128, 128, 64, 8, 4), 1.1),
+    90: ((Tiles(128, 256, 128, 64, 8, 3), 1.0), (Tiles(128, 128, 128, 64, 8, 3), 1.1),
          (Tiles(64, 128, 64, 64, 4, 4), 1.35)),
-    100: ((Tiles(128, 256, 128, 64, 8, 3), 1.0), (Tiles(128, 128, 128, 64, 8, 4), 1.15),
+    100: ((Tiles(128, 256, 128, 64, 8, 3), 1.0), (Tiles(128, 128, 128, 64, 8, 3), 1.15),
           (Tiles(64, 128, 64, 64, 4, 4), 1.5)),
     120: ((Tiles(128, 128, 128, 32, 8, 3), 1.0), (Tiles(64, 64, 64, 32, 4, 4), 1.4)),
 }  # fmt: skip
 _FLOAT32 = ((Tiles(64, 64, 64, 16, 4, 3), 1.0), (Tiles(32, 64, 32, 16, 4, 3), 1.4))
 _INTERPRETER = ((Tiles(16, 16, 32, 16, 4, 1), 1.0),)
-# The write of a super-chunk keeps two accumulators, so its tiles are half as large.
-_SUPER_CHUNK_LIMIT = 128 * 128
+# A super-chunk whose chunks have step sizes of their own keeps two accumulators in its write.
+_TWO_SUMS_LIMIT = 128 * 128
 
 
 def known_architecture(architecture: int) -> int:
@@ -108,7 +108,7 @@ def known_architecture(architecture: int) -> int:
 
 
 def forward_tiles(
-    architecture: int, itemsize: int, blocks: int, tokens: int, d: int, f: int, super_chunk: bool
+    architecture: int, itemsize: int, blocks: int, tokens: int, d: int, f: int, two_sums: bool
 ) -> Tiles:
     """Tiles of the forward step: the candidate with the least predicted time of one launch.
 
@@ -116,12 +116,14 @@ def forward_tiles(
     2 d f tokens FLOPs, handed to the multiprocessors longest first, so that it takes about
 
         max(longest tile, all tiles / multiprocessors) * slowness of the candidate
+
+    `two_sums`: does the write keep two accumulators?
     """
     architecture = known_architecture(architecture)
     candidates = _FLOAT32 if itemsize == 4 else _WIDE.get(architecture, ())
     candidates = candidates if architecture else _INTERPRETER
-    if super_chunk and architecture:
-        candidates = [c for c in candidates if c[0].d * c[0].f <= _SUPER_CHUNK_LIMIT]
+    if two_sums and architecture:
+        candidates = [c for c in candidates if c[0].d * c[0].f <= _TWO_SUMS_LIMIT]
 
     def time(candidate: tuple[Tiles, float]) -> float:
         tile, slowness = candidate
@@ -162,3 +164,10 @@ def choose_plan(super_chunk: bool, preserve: bool, packed: bool) -> str:
             f"super_chunk={super_chunk}, preserve_row_norm={preserve}, packed={packed}"
         )
     return plan
+
+
+def backward_tiles(architecture: int, itemsize: int, rows: int, tokens: int, d: int, f: int) -> Tiles:
+    """Tiles of the backward: dZ [t, f], dV [t, f columns of D], the state [d, f]."""
+    if not known_architecture(architecture):
+        return _INTERPRETER[0][0]
+    return Tiles(128, 128, 128, 64, 8, 3)

@@ -60,23 +60,23 @@ def tile_quarter(i_d, i_f, i: tl.constexpr, D, F, BLOCK_D: tl.constexpr, BLOCK_F
 
 @triton.jit
 def add_outer_products(
-    a, z, start, stop, i_d, i_f, D, F, b, EVEN_T: tl.constexpr, EVEN_D: tl.constexpr,
+    a, z, tokens, i_d, i_f, D, F, b, EVEN_T: tl.constexpr, EVEN_D: tl.constexpr,
     EVEN_F: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """b [d, f] + sum over tokens [start, stop) of a_t z_t^T; a and z point at token 0."""
+    """b [d, f] + the sum of a_t z_t^T over tokens; a and z point at the first."""
     o_k = tl.arange(0, BLOCK_K)
     # Columns past the end repeat the last one: what they make is not stored.
     o_d, o_f = i_d * BLOCK_D + tl.arange(0, BLOCK_D), i_f * BLOCK_F + tl.arange(0, BLOCK_F)
     r_d = o_d if EVEN_D else tl.minimum(o_d, D - 1)
     r_f = o_f if EVEN_F else tl.minimum(o_f, F - 1)
-    p_a = a + start.to(tl.int64) * D + (o_k[:, None] * D + r_d[None, :])
-    p_z = z + start.to(tl.int64) * F + (o_k[:, None] * F + r_f[None, :])
-    for i_k in range(start, stop, BLOCK_K):
+    p_a = a + (o_k[:, None] * D + r_d[None, :])
+    p_z = z + (o_k[:, None] * F + r_f[None, :])
+    for i_k in range(0, tokens, BLOCK_K):
         if EVEN_T:
             b_a, b_z = tl.load(p_a), tl.load(p_z)
         else:
-            m_k = (i_k + o_k < stop)[:, None]
+            m_k = (i_k + o_k < tokens)[:, None]
             b_a, b_z = tl.load(p_a, mask=m_k, other=0.0), tl.load(p_z, mask=m_k, other=0.0)
         b = tl.dot(tl.trans(b_a), b_z, b, input_precision=PRECISION)
         p_a += BLOCK_K * D
@@ -144,13 +144,12 @@ def scan_bwd_state_kernel(
         corner = i_d.to(tl.int64) * BLOCK_D * F + i_f * BLOCK_F
         i_state = i_sequence * D * F + corner
         zero = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
-        start = i_row * 0
         if LEAVE:
             p_dy = dy + first * D
             if PRESERVE and SUPER:
                 p_dy = dy_block + i_row.to(tl.int64) * BLOCK * D
             b = add_outer_products(
-                p_dy, z + first * F, start, tokens, i_d, i_f, D, F, zero,
+                p_dy, z + first * F, tokens, i_d, i_f, D, F, zero,
                 EVEN_T, EVEN_D, EVEN_F, PRECISION, BLOCK_D, BLOCK_F, BLOCK_K,
             )  # fmt: skip
             if PRESERVE:
@@ -169,15 +168,15 @@ def scan_bwd_state_kernel(
         if ENTER:
             if LEAVE:  # every block but the last of a sequence is full
                 first -= BLOCK
-                tokens, written = start + BLOCK, start + BLOCK
+                tokens, written = tokens * 0 + BLOCK, tokens * 0 + BLOCK
                 i_chunk -= BLOCK // CHUNK
                 tl.debug_barrier()  # other threads of this program have stored G
             p_v, p_z = v + first * D, z + first * F
             b = zero
             if HAS_STEPS and (SUBTRACT or HAS_GRAD):
-                for i_c in range(start, written, CHUNK):
+                for i_c in range(0, written, CHUNK):
                     b_c = add_outer_products(
-                        p_v, p_z, i_c, i_c + CHUNK, i_d, i_f, D, F, tl.zeros_like(zero),
+                        p_v + i_c * D, p_z + i_c * F, CHUNK, i_d, i_f, D, F, tl.zeros_like(zero),
                         EVEN_C, EVEN_D, EVEN_F, PRECISION, BLOCK_D, BLOCK_F, BLOCK_K,
                     )  # fmt: skip
                     i_step = i_chunk + i_c // CHUNK
@@ -187,7 +186,7 @@ def scan_bwd_state_kernel(
                     b += tl.load(step_size + i_step) * b_c
             elif SUBTRACT:
                 b = add_outer_products(
-                    p_v, p_z, start, written, i_d, i_f, D, F, zero,
+                    p_v, p_z, written, i_d, i_f, D, F, zero,
                     EVEN_C, EVEN_D, EVEN_F, PRECISION, BLOCK_D, BLOCK_F, BLOCK_K,
                 ) * lr  # fmt: skip
             squares = tl.zeros([BLOCK_D], tl.float32)
@@ -206,7 +205,7 @@ def scan_bwd_state_kernel(
                 tl.store(norms + o_part, squares, mask=m_d)
                 if not SUPER:
                     b = add_outer_products(
-                        dy + first * D, p_z, start, tokens, i_d, i_f, D, F, zero,
+                        dy + first * D, p_z, tokens, i_d, i_f, D, F, zero,
                         EVEN_T, EVEN_D, EVEN_F, PRECISION, BLOCK_D, BLOCK_F, BLOCK_K,
                     )  # fmt: skip
                     tl.debug_barrier()
@@ -316,7 +315,7 @@ class Backward:
     """Buffers and launches of one call. `grad` is G, in the end the gradient of the initial states."""
 
     def __init__(
-        self, dy, dstate, carried, z, v, w0, step_size, lr, state, table: BlockTable, chunk, preserve, even
+        self, dy, dstate, carried, z, v, w0, step_size, lr, state, table: BlockTable, chunk, preserve, dense
     ) -> None:
         self.dy, self.z, self.v, self.table, self.carried = dy, z, v, table, carried
         self.initial = w0 if state is None else state
@@ -328,7 +327,7 @@ class Backward:
             architecture(z.device), z.element_size(), rows, table.length, self.d, self.f
         )
         self.precision = input_precision(z.dtype)
-        self.even_blocks = even and table.length % self.tiles.k == 0
+        self.even_blocks = dense and table.length % self.tiles.k == 0 and z.shape[1] % self.tiles.k == 0
         self.grad = torch.zeros_like(carried) if dstate is None else dstate.clone()
         self.weight = torch.empty_like(carried)
         self.rounded = z.dtype != torch.float32
@@ -359,7 +358,7 @@ class Backward:
         t = self.tiles
         return dict(
             D=self.d, F=self.f, CHUNK=self.chunk, BLOCK=self.table.length, HAS_STEPS=self.has_steps,
-            PRESERVE=self.preserve, PRECISION=self.precision, EVEN_D=self.d % max(t.d, t.k) == 0,
+            PRESERVE=self.preserve, PRECISION=self.precision, EVEN_D=self.d % max(t.d, t.f, t.k) == 0,
             EVEN_F=self.f % max(t.f, t.k) == 0, BLOCK_K=t.k, num_warps=t.warps, num_stages=t.stages,
             **self.steps,
         )  # fmt: skip

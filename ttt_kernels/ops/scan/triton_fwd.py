@@ -141,38 +141,22 @@ def scan_fwd_step_kernel(
             corner = i_d.to(tl.int64) * BLOCK_D * F + i_f * BLOCK_F
             p_base = base + i_sequence * base_stride + corner
             p_state, p_shadow = state + i_sequence * D * F + corner, next_shadow + i_sequence * D * F + corner
-            length = 0 if NO_TOKENS else written
-            b_g = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
-            if SUPER:
-                m_w = (o_d < D)[:, None] & (o_f < F)[None, :]
-                o_w = tl.arange(0, BLOCK_D)[:, None] * F + tl.arange(0, BLOCK_F)[None, :]
-                b_w = tl.load(p_base + o_w, mask=m_w, other=0.0).to(tl.float32)
-                for i_c in range(0, length, CHUNK):
-                    b_g = write_tokens(
-                        z, v, z_columns, v_columns, first, i_c, i_c + CHUNK, i_d, i_f, D, F, b_g * 0.0,
-                        EVEN_C, EVEN_D, EVEN_F, DESCRIPTORS, PRECISION, BLOCK_D, BLOCK_F, BLOCK_K,
-                    )  # fmt: skip
-                    step = tl.load(step_size + i_chunk + i_c // CHUNK) if HAS_STEPS else lr
-                    b_w += step * b_g
-                sums = store_state(b_w, p_state + o_w, p_shadow + o_w, m_w)
-            else:
-                b_g = write_tokens(
-                    z, v, z_columns, v_columns, first, 0, length, i_d, i_f, D, F, b_g,
-                    EVEN_C, EVEN_D, EVEN_F, DESCRIPTORS, PRECISION, BLOCK_D, BLOCK_F, BLOCK_K,
-                )  # fmt: skip
-                step = tl.load(step_size + i_chunk) if HAS_STEPS and not NO_TOKENS else lr
-                # In quarters: a whole tile of W beside its update would not fit in registers.
-                m_d = o_d < D
-                left, right = halve(b_g, BLOCK_D, BLOCK_F)
-                sums = tl.zeros([BLOCK_D], tl.float32)
-                for i_h in tl.static_range(2):
-                    parts = halve(left if i_h == 0 else right, BLOCK_D, BLOCK_F // 2)
-                    for i_q in tl.static_range(2):
-                        o_n = (2 * i_h + i_q) * (BLOCK_F // 4) + tl.arange(0, BLOCK_F // 4)
-                        m_w = m_d[:, None] & (i_f * BLOCK_F + o_n < F)[None, :]
-                        o_w = tl.arange(0, BLOCK_D)[:, None] * F + o_n[None, :]
-                        b_w = tl.load(p_base + o_w, mask=m_w, other=0.0).to(tl.float32) + step * parts[i_q]
-                        sums += store_state(b_w, p_state + o_w, p_shadow + o_w, m_w)
+            b_u = write_tokens(
+                z, v, z_columns, v_columns, step_size + i_chunk, lr, first, 0 if NO_TOKENS else written,
+                i_d, i_f, D, F, CHUNK, HAS_STEPS and not NO_TOKENS, SUPER, EVEN_C, EVEN_D, EVEN_F,
+                DESCRIPTORS, PRECISION, BLOCK_D, BLOCK_F, BLOCK_K,
+            )  # fmt: skip
+            # In quarters: a whole tile of W beside its update would not fit in registers.
+            left, right = halve(b_u, BLOCK_D, BLOCK_F)
+            sums = tl.zeros([BLOCK_D], tl.float32)
+            for i_h in tl.static_range(2):
+                parts = halve(left if i_h == 0 else right, BLOCK_D, BLOCK_F // 2)
+                for i_q in tl.static_range(2):
+                    o_n = (2 * i_h + i_q) * (BLOCK_F // 4) + tl.arange(0, BLOCK_F // 4)
+                    m_w = (o_d < D)[:, None] & (i_f * BLOCK_F + o_n < F)[None, :]
+                    o_w = tl.arange(0, BLOCK_D)[:, None] * F + o_n[None, :]
+                    b_w = tl.load(p_base + o_w, mask=m_w, other=0.0).to(tl.float32) + parts[i_q]
+                    sums += store_state(b_w, p_state + o_w, p_shadow + o_w, m_w)
             if PRESERVE:
                 p_n = next_norms + (i_sequence * tl.cdiv(F, BLOCK_F) + i_f) * D + o_d
                 tl.store(p_n, sums, mask=o_d < D)
@@ -195,31 +179,48 @@ def store_state(b_w, p_state, p_shadow, m_w):
 
 @triton.jit
 def write_tokens(
-    z, v, z_columns, v_columns, first, start, stop, i_d, i_f, D, F, b_g, EVEN_C: tl.constexpr,
-    EVEN_D: tl.constexpr, EVEN_F: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+    z, v, z_columns, v_columns, steps, lr, first, length, i_d, i_f, D, F, CHUNK, HAS_STEPS: tl.constexpr,
+    SUPER: tl.constexpr, EVEN_C: tl.constexpr, EVEN_D: tl.constexpr, EVEN_F: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """b_g + sum over tokens [start, stop) of v_t z_t^T for one tile of W."""
+    """sum over `length` tokens of s_t v_t z_t^T, for one tile of W. Where chunks of a block have step
+    sizes of their own, each chunk's product is summed alone and then added scaled: two accumulators."""
+    EACH: tl.constexpr = SUPER and HAS_STEPS
+    o_d, o_f = i_d * BLOCK_D + tl.arange(0, BLOCK_D), i_f * BLOCK_F + tl.arange(0, BLOCK_F)
     o_k = tl.arange(0, BLOCK_K)
     # Columns past the end repeat the last one: what they make is not stored.
-    o_d, o_f = i_d * BLOCK_D + tl.arange(0, BLOCK_D), i_f * BLOCK_F + tl.arange(0, BLOCK_F)
     r_d = o_d if EVEN_D else tl.minimum(o_d, D - 1)
     r_f = o_f if EVEN_F else tl.minimum(o_f, F - 1)
-    p_v = (v + (first + start) * D) + (o_k[:, None] * D + r_d[None, :])
-    p_z = (z + (first + start) * F) + (o_k[:, None] * F + r_f[None, :])
-    for i_k in range(start, stop, BLOCK_K):
+    p_v = (v + first * D) + (o_k[:, None] * D + r_d[None, :])
+    p_z = (z + first * F) + (o_k[:, None] * F + r_f[None, :])
+    span = CHUNK if EACH else length
+    tiles = tl.cdiv(span, BLOCK_K)
+    b_g = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
+    b_u = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
+    for i_n in range(0, length // CHUNK * tiles if EACH else tiles):
+        i_tile = i_n % tiles if EACH else i_n
+        i_k = i_n // tiles * CHUNK + i_tile * BLOCK_K if EACH else i_n * BLOCK_K
         if DESCRIPTORS:
             i_t = first.to(tl.int32) + i_k
             b_v, b_z = v_columns.load([i_t, i_d * BLOCK_D]), z_columns.load([i_t, i_f * BLOCK_F])
-        elif EVEN_C:
-            b_v, b_z = tl.load(p_v), tl.load(p_z)
         else:
-            m_t = (i_k + o_k < stop)[:, None]
-            b_v, b_z = tl.load(p_v, mask=m_t, other=0.0), tl.load(p_z, mask=m_t, other=0.0)
-        p_v += BLOCK_K * D
-        p_z += BLOCK_K * F
-        b_g = tl.dot(tl.trans(b_v), b_z, b_g, input_precision=PRECISION)
-    return b_g
+            q_v, q_z = p_v + i_k.to(tl.int64) * D, p_z + i_k.to(tl.int64) * F
+            if EVEN_C:
+                b_v, b_z = tl.load(q_v), tl.load(q_z)
+            else:
+                m_t = (i_tile * BLOCK_K + o_k < span)[:, None]
+                b_v, b_z = tl.load(q_v, mask=m_t, other=0.0), tl.load(q_z, mask=m_t, other=0.0)
+        if EACH:
+            b_g = tl.dot(tl.trans(b_v), b_z, b_g * (i_tile > 0), input_precision=PRECISION)
+            if i_tile == tiles - 1:
+                b_u += tl.load(steps + i_n // tiles) * b_g
+        else:
+            b_g = tl.dot(tl.trans(b_v), b_z, b_g, input_precision=PRECISION)
+    if EACH:
+        return b_u
+    else:
+        return b_g * (tl.load(steps) if HAS_STEPS else lr)
 
 
 @triton.jit
@@ -319,9 +320,9 @@ class Forward:
         self.d, self.f = w0.shape
         self.chunk, self.preserve = chunk_size, preserve
         self.super = table.length > chunk_size
-        self.tiles = self.choose_tiles()
         self.steps = {"step_size": step_size if step_size is not None else z.new_empty(1), "lr": lr}
         self.has_steps = step_size is not None
+        self.tiles = self.choose_tiles()
         self.parts = ceil_div(self.f, self.tiles.f)
         self.precision = input_precision(z.dtype)
         self.empty = z.new_empty(1)
@@ -329,7 +330,8 @@ class Forward:
     def choose_tiles(self) -> Tiles:
         arch, size = architecture(self.z.device), self.z.element_size()
         blocks = max((len(self.table.of(n)) for n in self.table.launches), default=0)
-        return forward_tiles(arch, size, blocks, self.table.length, self.d, self.f, self.super)
+        two = self.super and self.has_steps
+        return forward_tiles(arch, size, blocks, self.table.length, self.d, self.f, two)
 
     def float32(self, *shape: int) -> Tensor:
         return self.z.new_empty(shape, dtype=torch.float32)
