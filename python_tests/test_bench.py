@@ -87,11 +87,26 @@ def test_every_operation_is_measured(op):
     results = bench.measure_cases(cases(op), None, 1)
     possible = [c for c in cases() if c.mode in OPERATIONS[op].modes]
     assert {x.reason for x in results.left} <= {f"{op} has no gradient"}
-    assert len(results.rows) == len(possible) * len(OPERATIONS[op].implementations)
+    able = [x for x in OPERATIONS[op].implementations.values() if x.why_not(TINY) is None]
+    assert len(able) >= 2 and len(results.rows) == len(possible) * len(able)
     for row in results.rows:
         assert row.gflops > 0 and row.gemm_gflops > 0 and row.error_ratio <= 1
     ceilings = {(row.case.chunk_size, row.gemm_gflops) for row in results.rows}
     assert len(ceilings) == len({row.case.chunk_size for row in results.rows})  # one for all modes
+
+
+def test_what_needs_a_gpu_is_left_out_and_said_where_it_is_asked_for():
+    results = bench.measure_cases([TINY], ["triton"], 1)
+    assert not results.rows
+    assert [x.reason for x in results.left] == ["Triton kernels need a GPU (--device cuda)"]
+
+
+def test_an_operation_bound_by_bytes_has_its_share_of_a_copy():
+    rows = bench.measure_cases([replace(TINY, op="fast_weight_apply", tokens=1)], ["eager"], 1).rows
+    row = rows[0]
+    assert math.isclose(row.gbytes, row.case.weight_bytes / row.milliseconds / 1e6)
+    assert row.copy_share == row.gbytes / row.copy_gbytes and row.copy_gbytes > 0
+    assert bench.measure_cases([TINY], ["eager"], 1).rows[0].copy_share is None
 
 
 def test_scan_flops_are_those_of_the_docstring():
