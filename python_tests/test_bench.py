@@ -213,3 +213,28 @@ def test_targets_are_reported_not_asserted(capsys):
     bench_report.print_results(bench.Results(rows), measure.environment(CPU), list(judged.values()))
     shown = capsys.readouterr().out
     assert "yes" in shown and " no" in shown and "…" not in shown
+
+
+def test_the_gpu_suite_judges_every_row_it_times():
+    """Every target finds its rows, and only those: fed with made-up times, each gives a number."""
+    suite = SUITES["triton"]()
+    assert {c.device for c in suite.cases} == {suite.device} == {"cuda"}
+    assert {c.dtype for c in suite.cases} == {"bfloat16"}
+
+    def row(impl: str, case: Case) -> bench.Row:
+        milliseconds = {"reference": 9.0, "triton": 2.0}[impl] * (1 + case.batch)
+        return bench.Row(case, impl, milliseconds, 1, 1, 1, 70.0, 100.0, 90.0, 100.0, 12, 0.5)
+
+    results = bench.Results([row(i, c) for c in suite.cases for i in ("reference", "triton")])
+    judged = [t.judge(results) for t in suite.targets]
+    assert all(t["measured"] is not None for t in judged) and len(judged) == 19
+    assert {t["measured"] for t in judged if "decode" in t["target"]} == {0.9}
+    assert {t["measured"] for t in judged if "speed-up" in t["target"]} == {4.5}
+
+
+def test_a_suite_names_the_device_it_is_for(capsys):
+    assert main(["bench", "--suite", "foundation", "--device", "cuda"]) == 2
+    assert "--suite foundation is defined for --device cpu, got cuda" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main(["bench", "--suite", "triton"]) == 2
+        assert "torch finds no usable GPU here" in capsys.readouterr().err

@@ -58,7 +58,7 @@ def add_parser(commands) -> None:
     )  # fmt: skip
     parser.add_argument("--impl", **several(impls, "all there are"))
     parser.add_argument("--repeats", metavar="N", type=positive_int, default=5, help="rounds; default: 5")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; default: cpu")
+    parser.add_argument("--device", help="cpu or cuda; default: cpu, or what the suite is for")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write JSON lines")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture: time against C")
     parser.set_defaults(run=run)
@@ -78,15 +78,16 @@ def run(args: argparse.Namespace) -> int:
     console = require("rich.console", "bench").Console(stderr=True)
     if args.plot:
         require("matplotlib", "bench")
-    device = check_device(args.device)
+    suite = SUITES[args.suite]() if args.suite in SUITES else None
     if args.suite:
-        check_suite(args)
+        check_suite(args, "cpu" if suite is None else suite.device)
+    args.device = args.device or "cpu"
+    device = check_device(args.device)
     where = environment(device)
     if warning := busy_warning(where):
         console.print(warning, style="yellow", highlight=False)
     if args.suite in bench_models.SUITES:
         return bench_models.run(args, where, console)
-    suite = SUITES[args.suite]() if args.suite else None
     cases = grid(args) if suite is None else list(suite.cases)
     results = measure_cases(
         cases, args.impl, args.repeats, say=lambda text: console.print(text, style="dim")
@@ -126,15 +127,17 @@ def grid(args: argparse.Namespace) -> list[Case]:
     ]  # fmt: skip
 
 
-def check_suite(args: argparse.Namespace) -> None:
+def check_suite(args: argparse.Namespace, device: str) -> None:
+    """A suite fixes the grid and the device."""
     given = [k for k in GRID_DEFAULTS if getattr(args, k) is not None]
     if args.suite in bench_models.SUITES:
         given += [k for k in ("impl", "plot") if getattr(args, k) is not None]
     if given:
         names = ", ".join("--" + ("T" if k == "tokens" else k.replace("_", "-")) for k in given)
         raise UserError(f"--suite {args.suite} fixes the grid: it cannot be combined with {names}")
-    if args.device != "cpu":
-        raise UserError(f"--suite {args.suite} is defined for --device cpu, got {args.device}")
+    if args.device not in (None, device):
+        raise UserError(f"--suite {args.suite} is defined for --device {device}, got {args.device}")
+    args.device = device
 
 
 def report(args: argparse.Namespace, results: Results, where: dict, targets: list[dict]) -> None:
