@@ -37,12 +37,12 @@ _PUBLIC = {
     "info": "ttt_kernels._info",
 }
 
-__all__ = [*_PUBLIC, "testing", "__version__"]
+__all__ = [*_PUBLIC, "distributed", "testing", "__version__"]
 
 
 def __getattr__(name: str):
-    if name == "testing":
-        return import_module("ttt_kernels.testing")
+    if name in ("distributed", "testing"):
+        return import_module(f"ttt_kernels.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'ttt_kernels' has no attribute {name!r}")
     value = getattr(import_module(_PUBLIC[name]), name)

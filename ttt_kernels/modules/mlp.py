@@ -9,9 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ttt_kernels.modules.adapter import with_adapter
 from ttt_kernels.modules.facts import BatchFacts, RowOrder, take_over
 from ttt_kernels.modules.layer_state import LayerSignature, LayerState
 from ttt_kernels.modules.rule import CONV_TAPS, WriteRule
+from ttt_kernels.modules.sharding import is_fsdp_module, is_sharded
 from ttt_kernels.modules.streaming import stream
 from ttt_kernels.ops.scan.api import fast_weight_scan
 from ttt_kernels.ops.step_size.api import clipped_step_size, spectral_step_size
@@ -44,6 +46,7 @@ class FastWeightLinear(nn.Linear):
             )
         if scan is PLAIN:
             return super().forward(z)
+        _refuse_quantised(self.weight)
         y = scan(z, v, self.weight)
         return y if self.bias is None else y + self.bias
 
@@ -162,9 +165,10 @@ class FastWeightMLP(nn.Module):
         """What a state of this layer must match."""
         self._require_whole("stream: call without a cache (use_cache=False)")
         w0 = self.slow_weight.detach()
+        _refuse_quantised(w0)
         rule = WriteRule(**{f.name: getattr(self.rule, f.name) for f in fields(WriteRule)})
         sample = torch.empty(0)
-        if not w0.is_meta:  # offloaded: not at hand between calls
+        if not (w0.is_meta or is_sharded(w0)):  # offloaded or sharded: not at hand between calls
             rows, columns = (max(1, n // SAMPLE) for n in w0.shape)
             sample = w0[::rows, ::columns][:SAMPLE, :SAMPLE].flatten().float().cpu()
         return LayerSignature(rule, tuple(w0.shape), sample)
@@ -187,13 +191,29 @@ class FastWeightMLP(nn.Module):
         return facts.embeddings
 
     def _keys(self, x: Tensor) -> Tensor:
-        return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        z = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        if z.shape[-1] != self.intermediate_size and self.read_write is read_and_write:
+            raise RuntimeError(
+                f"the keys must have all {self.intermediate_size} columns, got {z.shape[-1]}: "
+                "gate_proj and up_proj are split over processes, and step sizes and row norms of some "
+                "columns would be wrong silently. Use parallelize_module(model, mesh, "
+                "ttt_kernels.distributed.tensor_parallel_plan(model))"
+            )
+        return z
 
     def _run(self, x: Tensor, u: Tensor, state: LayerState | None, lengths) -> Tensor:
         """Rows with their real tokens in front."""
         if state is None:
             return self._scan(x, u, None)
         self._require_whole("stream: call without a cache (use_cache=False)")
+        parts = (self.ttt_proj, getattr(self, "ttt_conv", None))
+        if any(is_fsdp_module(part) for part in parts):
+            raise NotImplementedError(
+                "ttt_proj and ttt_conv must not be sharded by themselves in a model that streams: they "
+                "are called where a chunk completes, which the other processes need not do at the same "
+                "time. Shard their MLP or decoder layer instead, or call without a cache "
+                "(use_cache=False)"
+            )
         shape = (self.hidden_size, self.intermediate_size)
         if state.signature.shape != shape:
             raise ValueError(
@@ -201,18 +221,21 @@ class FastWeightMLP(nn.Module):
             )
 
         def scan(z: Tensor, u: Tensor, w0: Tensor) -> Tensor:
-            parts = (self.ttt_proj, getattr(self, "ttt_conv", None))
             leaves = (z, u, w0, *(part.weight for part in parts if part is not None))
             tracked = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
             return stream(
                 state, z, u, w0, lengths=lengths, terms=self._terms, tracked=tracked
             )
 
-        return self.down_proj(self._keys(x), x if u is None else u, scan=scan)
+        return self._down(self._keys(x), x if u is None else u, scan)
 
     def _scan(self, x: Tensor, u: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         z, v = self._keys(x), self._target(x if u is None else u, cu_seqlens)
         scan = partial(self.read_write, rule=self.rule, cu_seqlens=cu_seqlens)
+        return self._down(z, v, scan)
+
+    def _down(self, z: Tensor, v: Tensor, scan: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        scan = with_adapter(scan, self.down_proj, self.rule.preserve_row_norm)
         return self.down_proj(z, v, scan=scan)
 
     def _terms(self, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor | float]:
@@ -263,6 +286,11 @@ def slow_linear(mlp: nn.Module) -> nn.Linear:
         if not isinstance(getattr(mlp, name, None), nn.Module):
             raise TypeError(f"mlp must have a module {name}, got {type(mlp).__name__} without it")
     linear = getattr(mlp.down_proj, "base_layer", mlp.down_proj)
+    if is_sharded(getattr(linear, "weight", None)):
+        raise RuntimeError(
+            "down_proj.weight must be whole, got a DTensor: patch the model before fully_shard or tensor "
+            "parallelism, which then take the added weights too"
+        )
     if type(linear) is not nn.Linear:
         kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
         raise TypeError(
@@ -271,12 +299,22 @@ def slow_linear(mlp: nn.Module) -> nn.Linear:
         )
     if linear.weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"down_proj.weight must be floating point, got {linear.weight.dtype}")
+    _refuse_quantised(linear.weight)
     if "forward" in linear.__dict__:
         raise RuntimeError(
             "down_proj.forward is already replaced on the instance (tensor parallelism or "
             "offloading hooks): patch the model before they are installed"
         )
     return linear
+
+
+def _refuse_quantised(weight: Tensor) -> None:
+    """Some quantisers keep `nn.Linear` and the dtype, and put a wrapper of tensors in the weight's place."""
+    if hasattr(weight, "__tensor_flatten__") and not is_sharded(weight):
+        raise TypeError(
+            "down_proj.weight must be a plain tensor, not a wrapper around others (quantised), got "
+            f"{type(weight).__module__}.{type(weight).__qualname__}"
+        )
 
 
 def replace_slow_linear(mlp: nn.Module, linear: nn.Linear) -> None:

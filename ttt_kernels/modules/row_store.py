@@ -53,7 +53,8 @@ class RowStore:
             return self._read_block(*groups[0], z)
         y = z.new_empty(*z.shape[:2], len(self.w0))
         for tensors, places, members in groups:
-            y[members] = self._read_block(tensors, places, members, z[members])
+            index = _index(members, z.device)
+            y[index] = self._read_block(tensors, places, members, z[index])
         return y
 
     def _read_block(self, tensors, places, members, z: Tensor) -> Tensor:
@@ -115,9 +116,9 @@ class RowStore:
             groups[row.chunk.tensors[0].data_ptr(), row.fill].append(n)
         for (_, fill), members in groups.items():
             slots = [self.state.rows[rows[n]].chunk for n in members]
-            places = _places([slot.index for slot in slots], len(slots[0].tensors[0]))
+            places = _places([slot.index for slot in slots], z.device)
             for buffer, tokens in zip(slots[0].tensors, (z, u), strict=True):
-                tokens = tokens if len(members) == len(rows) else tokens[members]
+                tokens = tokens if len(members) == len(rows) else tokens[_index(members, z.device)]
                 buffer[places, fill : fill + z.shape[1]] = tokens
         for b in rows:
             self.state.rows[b].fill += z.shape[1]
@@ -142,7 +143,7 @@ class RowStore:
             picked = pick(members, keys, v, steps) if len(members) < len(rows) else (keys, v, steps)
             fast_weight_update_(weight, *picked[:2], step_size=picked[2], slots=slots)
             if self.rule.preserve_row_norm:
-                index = places if slots is None else slots
+                index = slice(places[0], places[-1] + 1) if slots is None else slots
                 tensors[1][index] = self._row_scale(weight if slots is None else weight[slots])
 
     def own_weights(self, rows: Sequence[int]) -> None:
@@ -205,17 +206,22 @@ class RowStore:
 
 def _choose(tensors: tuple[Tensor, ...], places: list[int]) -> tuple:
     """(weight, scale or None, slots or None): a view where the places are consecutive."""
-    found = _places(places, len(tensors[0]))
+    found = _places(places, tensors[0].device)
     weight, scale = tensors if len(tensors) == 2 else (tensors[0], None)
     if isinstance(found, slice):
         return weight[found], None if scale is None else scale[found], None
-    return weight, scale, torch.tensor(found, device=weight.device)
+    return weight, scale, found
 
 
-def _places(places: list[int], count: int) -> slice | list[int]:
+def _places(places: list[int], device: torch.device) -> slice | Tensor:
     start = places[0]
     consecutive = places == list(range(start, start + len(places)))
-    return slice(start, start + len(places)) if consecutive else places
+    return slice(start, start + len(places)) if consecutive else _index(places, device)
+
+
+def _index(places: list[int], device: torch.device) -> Tensor:
+    """int64 on the device, where the host does not wait for it as it does when a list is the index."""
+    return torch.tensor(places).to(device, non_blocking=True)
 
 
 def pick(members: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -16,6 +16,7 @@ from ttt_kernels.modules.facts import BatchFacts
 from ttt_kernels.modules.frozen import FrozenWeight, frozen_row
 from ttt_kernels.modules.layer_state import LayerState, WriteRecord
 from ttt_kernels.modules.mlp import FastWeightMLP
+from ttt_kernels.modules.sharding import is_sharded
 from ttt_kernels.modules.state import FastWeightState
 from ttt_kernels.ops.ridge.api import RidgeWrite, ridge_write
 from ttt_kernels.patch.families import find_decoder
@@ -286,6 +287,10 @@ def _check_model(decoder: nn.Module, mlps: Mapping[int, FastWeightMLP]) -> None:
             raise NotImplementedError(
                 'the closed-form write is defined for target="next_token" of '
                 f'target_source="hidden_states", got "{rule.target}" of "{rule.target_source}"'
+            )
+        if is_sharded(mlp.slow_weight):
+            raise NotImplementedError(
+                f"layer {i}: down_proj.weight must be whole for the closed-form write, got a DTensor"
             )
         if hasattr(mlp.down_proj, "base_layer"):
             raise NotImplementedError(

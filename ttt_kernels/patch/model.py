@@ -15,6 +15,7 @@ from ttt_kernels.modules.mlp import (
     replace_slow_linear,
     slow_linear,
 )
+from ttt_kernels.modules.sharding import is_fsdp_module, is_sharded
 from ttt_kernels.patch.cache import generating, install_prepare, remove_prepare
 from ttt_kernels.patch.config import PREFIX, TTTConfig
 from ttt_kernels.patch.families import Family, find_decoder, has_class
@@ -113,8 +114,8 @@ def patch_model(model: nn.Module, cfg: TTTConfig | None = None) -> PatchReport:
 
     Raises:
         TypeError, ValueError, RuntimeError: another family, layers that do not exist, a quantised
-            down_proj, hooks or offloading already on the MLP, another configuration already in
-            force. Nothing has been changed then.
+            down_proj, hooks, offloading or sharding already on the MLP, another configuration already
+            in force. Nothing has been changed then.
     """
     decoder, family = find_decoder(model)
     if cfg is None:
@@ -130,6 +131,7 @@ def patch_model(model: nn.Module, cfg: TTTConfig | None = None) -> PatchReport:
             )
         _install_around(model, decoder, patch)
         return patch.report
+    _refuse_fsdp(model, "patch")
     layers = getattr(decoder, family.layers)
     originals = {i: _checked_mlp(layers, i, family) for i in _existing(cfg.layers, len(layers))}
     patch = _Patch(family, originals, decoder.config, _own_config(decoder.config, cfg))
@@ -154,17 +156,26 @@ def unpatch_model(model: nn.Module) -> None:
 
     Raises:
         ValueError: the model is not patched.
-        RuntimeError: a patched MLP has been replaced since. Nothing has been changed then.
+        RuntimeError: a patched MLP has been replaced, or given offloading hooks, since. Nothing has
+            been changed then.
     """
     decoder, family = find_decoder(model)
     patch: _Patch | None = decoder.__dict__.get(_ATTRIBUTE)
     if patch is None:
         raise ValueError(f"model must have been patched by patch_model, got a plain {family.name}")
+    _refuse_fsdp(model, "unpatch")
     for i in patch.originals:
         mlp = getattr(getattr(decoder, family.layers)[i], family.mlp)
         if not isinstance(mlp, FastWeightMLP):
             raise RuntimeError(
                 f"layer {i} must hold its FastWeightMLP to be unpatched, got {type(mlp).__name__}"
+            )
+        if is_sharded(mlp.slow_weight):
+            raise RuntimeError(f"layer {i}: down_proj.weight must be whole to be unpatched, got a DTensor")
+        if hasattr(mlp.down_proj, "_hf_hook"):  # bound to the layer that is to be taken out
+            raise RuntimeError(
+                f"layer {i}: down_proj carries offloading hooks: remove them first "
+                "(accelerate.hooks.remove_hook_from_submodules)"
             )
     _remove(model, decoder, patch)
     del decoder.__dict__[_ATTRIBUTE]
@@ -175,6 +186,16 @@ def patch_report(model: nn.Module) -> PatchReport | None:
     decoder, _ = find_decoder(model)
     patch: _Patch | None = decoder.__dict__.get(_ATTRIBUTE)
     return None if patch is None else patch.report
+
+
+def _refuse_fsdp(model: nn.Module, verb: str) -> None:
+    """Which parameters each module gathers and reduces is settled by `fully_shard`."""
+    sharded = next((name for name, m in model.named_modules() if is_fsdp_module(m)), None)
+    if sharded is not None:
+        raise RuntimeError(
+            f"model must not be sharded yet, got fully_shard on {sharded or 'the model'}: {verb} it "
+            "before, since modules put in later would be left out of it"
+        )
 
 
 def _existing(wanted: tuple[int, ...], count: int) -> tuple[int, ...]:

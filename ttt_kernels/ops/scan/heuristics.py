@@ -71,7 +71,8 @@ class Tiles:
 
     Shared memory: stages * k * (the two operand edges) * itemsize, at most what a block of the
     architecture may have. Registers: t * d or d * f float32 accumulators over 32 * warps threads, twice
-    that in the write of a super-chunk with step sizes.
+    that in the write of a super-chunk with step sizes. `registers` a thread, where the compiler has to be
+    held to them so that two programs share a multiprocessor: the tail of one then hides behind the other.
     """
 
     t: int
@@ -80,6 +81,13 @@ class Tiles:
     k: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Launch options."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 INTERPRETED = 0
@@ -90,16 +98,22 @@ PROCESSORS = {INTERPRETED: 1, 80: 108, 86: 84, 90: 132, 100: 148, 120: 170}
 _WIDE = {
     80: ((Tiles(128, 128, 128, 32, 8, 4), 1.0), (Tiles(64, 128, 64, 32, 4, 4), 1.25)),
     86: ((Tiles(128, 128, 128, 32, 8, 4), 1.0), (Tiles(64, 64, 64, 32, 4, 4), 1.4)),
-    90: ((Tiles(128, 256, 128, 64, 8, 3), 1.0), (Tiles(128, 128, 128, 64, 8, 3), 1.1),
+    90: ((Tiles(128, 256, 128, 64, 8, 3), 1.0), (Tiles(128, 128, 128, 64, 8, 3, 128), 1.1),
          (Tiles(64, 128, 64, 64, 4, 4), 1.35)),
-    100: ((Tiles(128, 256, 128, 64, 8, 3), 1.0), (Tiles(128, 128, 128, 64, 8, 3), 1.15),
+    100: ((Tiles(128, 256, 128, 64, 8, 3), 1.0), (Tiles(128, 128, 128, 64, 8, 3, 128), 1.15),
           (Tiles(64, 128, 64, 64, 4, 4), 1.5)),
     120: ((Tiles(128, 128, 128, 32, 8, 3), 1.0), (Tiles(64, 64, 64, 32, 4, 4), 1.4)),
 }  # fmt: skip
 _FLOAT32 = ((Tiles(64, 64, 64, 16, 4, 3), 1.0), (Tiles(32, 64, 32, 16, 4, 3), 1.4))
 _INTERPRETER = ((Tiles(16, 16, 32, 16, 4, 1), 1.0),)
 # A super-chunk whose chunks have step sizes of their own keeps two accumulators in its write.
-_TWO_SUMS_LIMIT = 128 * 128
+_TWO_SUMS = {
+    80: ((Tiles(128, 128, 64, 32, 8, 4), 1.0), (Tiles(64, 128, 64, 32, 4, 4), 1.25)),
+    86: ((Tiles(128, 128, 64, 32, 8, 4), 1.0), (Tiles(64, 64, 64, 32, 4, 4), 1.4)),
+    90: ((Tiles(128, 128, 64, 64, 8, 3, 128), 1.0), (Tiles(64, 128, 64, 64, 4, 4), 1.2)),
+    100: ((Tiles(128, 128, 64, 64, 8, 3, 128), 1.0), (Tiles(64, 128, 64, 64, 4, 4), 1.2)),
+    120: ((Tiles(128, 128, 64, 32, 8, 3), 1.0), (Tiles(64, 64, 64, 32, 4, 4), 1.4)),
+}
 
 
 def known_architecture(architecture: int) -> int:
@@ -120,10 +134,12 @@ def forward_tiles(
     `two_sums`: does the write keep two accumulators?
     """
     architecture = known_architecture(architecture)
-    candidates = _FLOAT32 if itemsize == 4 else _WIDE.get(architecture, ())
-    candidates = candidates if architecture else _INTERPRETER
-    if two_sums and architecture:
-        candidates = [c for c in candidates if c[0].d * c[0].f <= _TWO_SUMS_LIMIT]
+    if not architecture:
+        candidates = _INTERPRETER
+    elif itemsize == 4:
+        candidates = _FLOAT32
+    else:
+        candidates = (_TWO_SUMS if two_sums else _WIDE)[architecture]
 
     def time(candidate: tuple[Tiles, float]) -> float:
         tile, slowness = candidate
@@ -166,8 +182,29 @@ def choose_plan(super_chunk: bool, preserve: bool, packed: bool) -> str:
     return plan
 
 
-def backward_tiles(architecture: int, itemsize: int, rows: int, tokens: int, d: int, f: int) -> Tiles:
-    """Tiles of the backward: dZ [t, f], dV [t, f columns of D], the state [d, f]."""
-    if not known_architecture(architecture):
-        return _INTERPRETER[0][0]
-    return Tiles(128, 128, 128, 64, 8, 3)
+def backward_tiles(
+    architecture: int, itemsize: int, blocks: int, tokens: int, d: int, f: int
+) -> tuple[Tiles, Tiles]:
+    """Tiles of the backward's launches over tokens ([t, d], also of dZ) and over the state ([d, f]).
+
+    Of `blocks` blocks of `tokens` tokens, in whole waves: a multiprocessor holds one token tile, and two
+    of the state where their accumulators leave room, so that one multiplies while the other is stored.
+    """
+    architecture = known_architecture(architecture)
+    candidates = _FLOAT32 if itemsize == 4 else _WIDE.get(architecture, ())
+    candidates = candidates if architecture else _INTERPRETER
+    processors = PROCESSORS[architecture]
+
+    def token_time(candidate: tuple[Tiles, float]) -> float:
+        tile, slowness = candidate
+        values, keys = (ceil_div(tokens, tile.t) * ceil_div(size, tile.d) for size in (d, f))
+        total = blocks * (values * f + keys * 2 * d) / processors
+        return tile.t * tile.d * max(f, 2 * d, total) * slowness
+
+    def state_time(candidate: tuple[Tiles, float]) -> float:
+        tile, slowness = candidate
+        tiles = blocks * ceil_div(d, tile.d) * ceil_div(f, tile.f)
+        return tile.d * tile.f * ceil_div(tiles, processors) * slowness
+
+    small = [c for c in candidates if c[0].d * c[0].f <= _TWO_SUMS_LIMIT]
+    return min(candidates, key=token_time)[0], min(small, key=state_time)[0]

@@ -1,9 +1,9 @@
 """What a super-chunk adds to the scan's backward: the writes inside it, in attention form.
 
-With P [t, u] = s_u (z_t . z_u) for u in an earlier chunk than t, a block of several chunks reads
-raw = W z + P v, so that (`eager` has the derivation)
+With P [t, u] = z_t . z_u for u in an earlier chunk than t, a block of several chunks reads
+raw = W z + P (s v), so that (`eager` has the derivation)
 
-    dV = s Z G^T + P^T dY''              dZ = s V G + dY'' W + (M + M^T) Z
+    dV = s (Z G^T + P^T dY'')            dZ = s V G + dY'' W + (M + M^T) Z
     M [t, u] = s_u (dY''_t . v_u)        for u in an earlier chunk
 
 Without row-norm preservation dY'' = dY: P and M of every block come from one launch before the first
@@ -12,20 +12,17 @@ block. With it P does, and each block takes these launches before its token laun
     read     raw, in float32
     rescale  along the chunks k: ||W_k||^2, r_k and c_k = (dr r)_k / ||W_k||^2; then back, with cbar the
              sum of c over later chunks: dY'' = r dY - cbar s v, and dV gets s extra besides, where
-             extra = -cbar (raw + (same-chunk P) v)
+             extra = -cbar (raw + (same-chunk P) (s v))
     scores   M, which for u < t in the same chunk is -s_u ((cbar s v)_t . v_u), half of that for u = t
 
 M has entries for u <= t only, so that M + M^T is what multiplies Z.
-
-The gradient of the step size takes products before they are rounded: from the accumulators of `scores`
-sum_t (z_t . z_u) (dY''_t . v_u), from `rescale` sum_d v extra, from the state kernel <V^T Z, G>.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ttt_kernels.ops.scan.triton_fwd import FLOOR, load_block, sum_partials
 from ttt_kernels.ops.triton_launch import launch
@@ -52,34 +49,38 @@ def add_row_products(
 
 @triton.jit
 def add_earlier_writes(
-    v, scores, start, o_t, r_d, tokens, written, b, D, CHUNK, BLOCK,
-    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    v, scores, steps, lr, start, o_t, r_d, tokens, written, b, D, CHUNK, BLOCK,
+    HAS_STEPS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """b [t, d] + sum over u in earlier chunks of P [t, u] v_u. Pointers at token 0 of the block."""
+    """b [t, d] + sum over u in earlier chunks of P [t, u] s_u v_u. Pointers at token 0 of the block."""
     seen = tl.minimum((start + BLOCK_T - 1) // CHUNK * CHUNK, written)
     for i_k in range(0, seen, BLOCK_K):
         o_k = i_k + tl.arange(0, BLOCK_K)
         m_k = o_k < seen
-        m_p = (o_k // CHUNK)[None, :] < (o_t // CHUNK)[:, None]
-        m_p = m_p & m_k[None, :] & (o_t < tokens)[:, None]
+        m_p = (o_t < tokens)[:, None] & (o_k < BLOCK)[None, :]
         b_p = tl.load(scores + (o_t[:, None] * BLOCK + o_k[None, :]), mask=m_p, other=0.0)
         b_v = tl.load(v + (o_k[:, None] * D + r_d[None, :]), mask=m_k[:, None], other=0.0)
+        step = lr
+        if HAS_STEPS:
+            step = tl.load(steps + o_k // CHUNK, mask=m_k, other=0.0)[None, :]
+        earlier = (o_k // CHUNK)[None, :] < (o_t // CHUNK)[:, None]
+        b_p = tl.where(earlier & m_k[None, :], b_p.to(tl.float32) * step, 0.0).to(b_v.dtype)
         b = tl.dot(b_p, b_v, b, input_precision=PRECISION)
     return b
 
 
 @triton.jit
 def add_later_readers(
-    dy, scores, start, o_u, r_d, tokens, written, b, D, CHUNK, BLOCK,
+    dy, scores, start, o_u, r_d, tokens, b, D, CHUNK, BLOCK,
     PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """b [u, d] + sum over t in later chunks of P [t, u] dY''_t. Pointers at token 0 of the block."""
     for i_k in range((start // CHUNK + 1) * CHUNK, tokens, BLOCK_K):
         o_k = i_k + tl.arange(0, BLOCK_K)
         m_k = o_k < tokens
-        m_p = (o_k // CHUNK)[:, None] > (o_u // CHUNK)[None, :]
-        m_p = m_p & m_k[:, None] & (o_u < written)[None, :]
+        m_p = m_k[:, None] & (o_u < BLOCK)[None, :]
         b_p = tl.load(scores + (o_k[:, None] * BLOCK + o_u[None, :]), mask=m_p, other=0.0)
+        b_p = tl.where((o_k // CHUNK)[:, None] > (o_u // CHUNK)[None, :], b_p, 0.0)
         b_dy = tl.load(dy + (o_k[:, None] * D + r_d[None, :]), mask=m_k[:, None], other=0.0)
         b = tl.dot(tl.trans(b_p), b_dy, b, input_precision=PRECISION)
     return b
@@ -94,15 +95,17 @@ def add_mixed(
     for i_k in range(0, tl.minimum(start + BLOCK_T, written), BLOCK_K):
         o_k = i_k + tl.arange(0, BLOCK_K)
         m_k = o_k < written
-        m_m = (o_k[None, :] <= o_t[:, None]) & m_k[None, :] & (o_t < tokens)[:, None]
+        m_m = (o_t < tokens)[:, None] & (o_k < BLOCK)[None, :]
         b_m = tl.load(mixed + (o_t[:, None] * BLOCK + o_k[None, :]), mask=m_m, other=0.0)
+        b_m = tl.where((o_k[None, :] <= o_t[:, None]) & m_k[None, :], b_m, 0.0)
         b_z = tl.load(z + (o_k[:, None] * F + r_f[None, :]), mask=m_k[:, None], other=0.0)
         b = tl.dot(b_m, b_z, b, input_precision=PRECISION)
     for i_k in range(start, tl.where(start < written, tokens, start), BLOCK_K):
         o_k = i_k + tl.arange(0, BLOCK_K)
         m_k = o_k < tokens
-        m_m = (o_k[:, None] >= o_t[None, :]) & m_k[:, None] & (o_t < written)[None, :]
+        m_m = m_k[:, None] & (o_t < BLOCK)[None, :]
         b_m = tl.load(mixed + (o_k[:, None] * BLOCK + o_t[None, :]), mask=m_m, other=0.0)
+        b_m = tl.where((o_k[:, None] >= o_t[None, :]) & (o_t < written)[None, :], b_m, 0.0)
         b_z = tl.load(z + (o_k[:, None] * F + r_f[None, :]), mask=m_k[:, None], other=0.0)
         b = tl.dot(tl.trans(b_m), b_z, b, input_precision=PRECISION)
     return b
@@ -110,14 +113,15 @@ def add_mixed(
 
 @triton.jit
 def scan_bwd_read_kernel(
-    z, v, shadow, raw, scores, blocks, D, F, CHUNK, BLOCK, EVEN_D: tl.constexpr, EVEN_F: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    z, v, shadow, raw, scores, step_size, blocks, lr, D, F, CHUNK, BLOCK,
+    HAS_STEPS: tl.constexpr, EVEN_D: tl.constexpr, EVEN_F: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """raw = W z + P v for a tile [t, d] of a block, in float32."""
     rows, columns = tl.cdiv(BLOCK, BLOCK_T), tl.cdiv(D, BLOCK_D)
     i_t, i_d = tl.program_id(0) % rows, tl.program_id(0) // rows % columns
     i_row = tl.program_id(0) // (rows * columns)
-    first, tokens, written, i_sequence, _, _ = load_block(blocks, i_row)
+    first, tokens, written, i_sequence, i_chunk, _ = load_block(blocks, i_row)
     start = i_t * BLOCK_T
     if start < tokens:
         o_t, o_d = start + tl.arange(0, BLOCK_T), i_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -128,8 +132,8 @@ def scan_bwd_read_kernel(
             tl.zeros([BLOCK_T, BLOCK_D], tl.float32), EVEN_F, PRECISION, BLOCK_K,
         )  # fmt: skip
         b = add_earlier_writes(
-            v + first * D, scores + first * BLOCK, start, o_t, r_d, tokens, written, b, D, CHUNK, BLOCK,
-            PRECISION, BLOCK_T, BLOCK_K,
+            v + first * D, scores + first * BLOCK, step_size + i_chunk, lr, start, o_t, r_d, tokens,
+            written, b, D, CHUNK, BLOCK, HAS_STEPS, PRECISION, BLOCK_T, BLOCK_K,
         )  # fmt: skip
         p_raw = raw + i_row.to(tl.int64) * BLOCK * D + (o_t[:, None] * D + o_d[None, :])
         tl.store(p_raw, b, mask=(o_t < tokens)[:, None] & (o_d < D)[None, :])
@@ -137,68 +141,54 @@ def scan_bwd_read_kernel(
 
 @triton.jit
 def scan_bwd_scores_kernel(
-    z, v, dy, pulled, scores, mixed, dsteps, step_size, blocks,
-    lr, D, F, CHUNK, BLOCK, dstep_width, dstep_offset,
+    z, v, dy, pulled, scores, mixed, step_size, blocks, lr, D, F, CHUNK, BLOCK,
     MAKE_P: tl.constexpr, MAKE_M: tl.constexpr, HAS_STEPS: tl.constexpr, PRESERVE: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_F: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """P, M and P's part of the step size gradient, for one tile [t, u].
+    """P and M for one tile [t, u]. Readers mask the relation they want: other entries may be anything.
 
-    Readers mask the chunk relation they want; what no reader reads is not written. With preservation
-    `dy` (dY''), `pulled` (-cbar s v) and `mixed` are those of the launch's blocks only.
+    With preservation `dy` (dY''), `pulled` (-cbar s v) and `mixed` hold the blocks of this launch only.
     """
     rows = tl.cdiv(BLOCK, BLOCK_T)
     i_t, i_u = tl.program_id(0) % rows, tl.program_id(0) // rows % rows
     i_row = tl.program_id(0) // (rows * rows)
     first, tokens, written, _, i_chunk, _ = load_block(blocks, i_row)
     limit = (i_t + 1) * BLOCK_T
-    if PRESERVE and MAKE_P:  # `rescale` reads all of a chunk's own P
+    if PRESERVE and MAKE_P:  # `rescale` reads all of a chunk's own products
         limit = ((limit - 1) // CHUNK + 1) * CHUNK
     if i_t * BLOCK_T < tokens and i_u * BLOCK_T < tl.minimum(limit, written):
         o_t, o_u = i_t * BLOCK_T + tl.arange(0, BLOCK_T), i_u * BLOCK_T + tl.arange(0, BLOCK_T)
-        m_p = (o_t < tokens)[:, None] & (o_u < written)[None, :]
         r_t, r_u = tl.minimum(o_t, tokens - 1), tl.minimum(o_u, tokens - 1)
         i_block = i_row.to(tl.int64) * BLOCK if PRESERVE else first
-        c_t, c_u = (o_t // CHUNK)[:, None], (o_u // CHUNK)[None, :]
-        p_tile = o_t[:, None] * BLOCK + o_u[None, :]
+        o_tile = o_t[:, None] * BLOCK + o_u[None, :]
+        m_tile = (o_t < tokens)[:, None] & (o_u < BLOCK)[None, :]
         zero = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
-        b_step = tl.where(o_u < written, lr, 0.0)
-        if HAS_STEPS:
-            b_step = tl.load(step_size + i_chunk + o_u // CHUNK, mask=o_u < written, other=0.0)
-        if MAKE_M:
-            p_v, p_dy = v + first * D, dy + i_block * D
-            b_m = add_row_products(p_dy, p_v, r_t, r_u, D, zero, EVEN_D, PRECISION, BLOCK_K)
-            b_m = tl.where((c_u < c_t) & m_p, b_m, 0.0)
-        if MAKE_P or HAS_STEPS:
+        if MAKE_P:
             p_z = z + first * F
-            b_p = add_row_products(p_z, p_z, r_t, r_u, F, zero, EVEN_F, PRECISION, BLOCK_K)
-            if MAKE_M and HAS_STEPS:
-                b_dstep = tl.sum(tl.where(m_p, b_p * b_m, 0.0), axis=0)
-                i_part = dstep_offset + i_t * rows + i_u
-                stop = tl.minimum((i_u + 1) * BLOCK_T, written)
-                for i_c in range(i_u * BLOCK_T // CHUNK, tl.cdiv(stop, CHUNK)):
-                    dstep = tl.sum(tl.where(o_u // CHUNK == i_c, b_dstep, 0.0), axis=0)
-                    tl.store(dsteps + (i_chunk + i_c) * dstep_width + i_part, dstep)
-            if MAKE_P:
-                b_p = (b_p * b_step[None, :]).to(scores.dtype.element_ty)
-                tl.store(scores + first * BLOCK + p_tile, b_p, mask=m_p)
+            b = add_row_products(p_z, p_z, r_t, r_u, F, zero, EVEN_F, PRECISION, BLOCK_K)
+            tl.store(scores + first * BLOCK + o_tile, b.to(scores.dtype.element_ty), mask=m_tile)
         if MAKE_M:
+            p_v, p_dy, p_pulled = v + first * D, dy + i_block * D, pulled + i_block * D
+            c_t, c_u = (o_t // CHUNK)[:, None], (o_u // CHUNK)[None, :]
+            b = add_row_products(p_dy, p_v, r_t, r_u, D, zero, EVEN_D, PRECISION, BLOCK_K)
+            b = tl.where(c_u < c_t, b, 0.0)
             if PRESERVE:
                 if i_t * BLOCK_T // CHUNK <= (i_u * BLOCK_T + BLOCK_T - 1) // CHUNK:
-                    p_g = pulled + i_block * D
-                    b_g = add_row_products(p_g, p_v, r_t, r_u, D, zero, EVEN_D, PRECISION, BLOCK_K)
-                    share = tl.where(o_u[None, :] < o_t[:, None], 1.0, 0.5)
-                    same = (c_u == c_t) & (o_u[None, :] <= o_t[:, None])
-                    b_m += tl.where(same, b_g * share, 0.0)
-            b_m = (b_m * b_step[None, :]).to(mixed.dtype.element_ty)
-            tl.store(mixed + i_block * BLOCK + p_tile, b_m, mask=m_p)
+                    b_g = add_row_products(p_pulled, p_v, r_t, r_u, D, zero, EVEN_D, PRECISION, BLOCK_K)
+                    b_g *= tl.where(o_u[None, :] < o_t[:, None], 1.0, 0.5)
+                    b += tl.where((c_u == c_t) & (o_u[None, :] <= o_t[:, None]), b_g, 0.0)
+            b_step = tl.where(o_u < written, lr, 0.0)
+            if HAS_STEPS:
+                b_step = tl.load(step_size + i_chunk + o_u // CHUNK, mask=o_u < written, other=0.0)
+            b = (b * b_step[None, :]).to(mixed.dtype.element_ty)
+            tl.store(mixed + i_block * BLOCK + o_tile, b, mask=m_tile)
 
 
 @triton.jit
 def scan_bwd_rescale_kernel(
-    raw, dy, v, dy_block, pulled, norms, w0_norms, ratios, pulls, pull, norm_grad, dsteps, scores,
-    step_size, blocks, lr, D, CHUNK, BLOCK, parts, dstep_width, dstep_offset,
+    raw, dy, v, dy_block, pulled, norms, w0_norms, ratios, pulls, pull, norm_grad, scores,
+    step_size, blocks, lr, D, CHUNK, BLOCK, parts,
     HAS_STEPS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One strip of columns of a block: along its chunks and back. `raw` becomes `extra` in place."""
@@ -217,6 +207,9 @@ def scan_bwd_rescale_kernel(
         b_ratio = tl.sqrt(w0_norm / tl.maximum(norm, FLOOR))
         dratio = tl.zeros([BLOCK_D], tl.float32)
         growth = tl.zeros([BLOCK_D], tl.float32)
+        step = lr
+        if HAS_STEPS:
+            step = tl.load(step_size + i_chunk + i_c // CHUNK, mask=i_c < written, other=0.0)
         stop = tl.minimum(i_c + CHUNK, tokens)
         for i_t in range(i_c, stop, BLOCK_T):
             o_t = i_t + tl.arange(0, BLOCK_T)
@@ -231,10 +224,12 @@ def scan_bwd_rescale_kernel(
                     o_u = i_u + tl.arange(0, BLOCK_T)
                     m_u = o_u < stop
                     p_p = scores + (first + o_t)[:, None] * BLOCK + o_u[None, :]
-                    b_p = tl.load(p_p, mask=(o_t < stop)[:, None] & m_u[None, :], other=0.0)
+                    b_p = tl.load(p_p, mask=(o_t < stop)[:, None] & (o_u < BLOCK)[None, :], other=0.0)
+                    b_p = tl.where(m_u[None, :], b_p, 0.0)
                     p_v = v + (first + o_u)[:, None] * D + o_d[None, :]
                     b_v = tl.load(p_v, mask=m_u[:, None] & m_d[None, :], other=0.0)
                     b_same = tl.dot(b_p, b_v, b_same, input_precision=PRECISION)
+                b_same *= step
                 b_v = tl.load(v + o_y, mask=m_y, other=0.0).to(tl.float32)
                 growth += tl.sum(b_v * (2 * b_raw + b_same), axis=0)
                 tl.store(p_raw, b_raw + b_same, mask=m_y)
@@ -243,8 +238,7 @@ def scan_bwd_rescale_kernel(
         o_c = i_c // CHUNK * D
         tl.store(p_ratio + o_c, b_ratio, mask=m_d)
         tl.store(p_pull + o_c, tl.where(norm > FLOOR, dratio / tl.maximum(norm, FLOOR), 0.0), mask=m_d)
-        if i_c < written:
-            norm += growth * (tl.load(step_size + i_chunk + i_c // CHUNK) if HAS_STEPS else lr)
+        norm += step * growth
     p_total = norm_grad + i_sequence * D + o_d
     tl.store(p_total, tl.load(p_total, mask=m_d, other=0.0) + total, mask=m_d)
 
@@ -258,7 +252,6 @@ def scan_bwd_rescale_kernel(
         step = lr
         if HAS_STEPS:
             step = tl.load(step_size + i_chunk + i_k, mask=i_c < written, other=0.0)
-        dstep = tl.zeros([BLOCK_D], tl.float32)
         for i_t in range(i_c, stop, BLOCK_T):
             o_t = i_t + tl.arange(0, BLOCK_T)
             m_y = (o_t < stop)[:, None] & m_d[None, :]
@@ -272,11 +265,6 @@ def scan_bwd_rescale_kernel(
             tl.store(pulled + o_local, b_pulled.to(pulled.dtype.element_ty), mask=m_y)
             b_dy = b_ratio[None, :] * b_dy + b_pulled
             tl.store(dy_block + o_local, b_dy.to(dy_block.dtype.element_ty), mask=m_y)
-            dstep += tl.sum(b_v * b_extra, axis=0)
-        if HAS_STEPS:
-            if i_c < written:
-                p_dstep = dsteps + (i_chunk + i_k) * dstep_width + dstep_offset + i_d
-                tl.store(p_dstep, tl.sum(dstep, axis=0))
         after += tl.load(p_pull + i_k * D, mask=m_d, other=0.0)
     tl.store(pull + i_sequence * D + o_d, after, mask=m_d)
 
@@ -287,59 +275,44 @@ class SuperChunks:
     def __init__(self, run) -> None:
         self.run = run
         length, tokens = run.table.length, run.z.shape[0] * run.z.shape[1]
+        local = len(run.dy_block) if run.preserve else 0  # tokens of one launch
         self.scores = run.z.new_empty(tokens, length)
-        local = len(run.dy_block)  # with preservation, tokens of one launch
         self.mixed = run.z.new_empty(local if run.preserve else tokens, length)
-        self.raw = run.float32(local if run.preserve else 0, run.d)
-        self.pulled = run.z.new_empty(self.raw.shape)
-        chunks = local // length * ceil_div(length, run.chunk) if run.preserve else 0
+        self.raw = run.float32(local, run.d)
+        self.pulled = run.z.new_empty(local, run.d)
+        chunks = local // length * ceil_div(length, run.chunk)
         self.ratios, self.pulls = (run.float32(chunks, run.d) for _ in range(2))
 
-    @staticmethod
-    def strip(run) -> int:
-        """Columns of one rescale program."""
-        return min(run.tiles.f, 64)
-
-    @staticmethod
-    def dstep_parts(run) -> int:
-        """Sums that make a chunk's step size gradient, besides those of the state kernel."""
-        return ceil_div(run.table.length, run.tiles.t) ** 2 + ceil_div(run.d, SuperChunks.strip(run))
-
-    def make_scores(self, blocks: torch.Tensor, make_p: bool, make_m: bool) -> None:
+    def make_scores(self, blocks: Tensor, *, make_p: bool, make_m: bool) -> None:
         run = self.run
         launch(
             scan_bwd_scores_kernel,
-            (ceil_div(run.table.length, run.tiles.t) ** 2 * len(blocks),),
+            (ceil_div(run.table.length, run.token_tile.t) ** 2 * len(blocks),),
             z=run.z, v=run.v, dy=run.dy_block, pulled=self.pulled, scores=self.scores,
-            mixed=self.mixed, dsteps=run.dsteps, blocks=blocks, dstep_width=run.dsteps.shape[1],
-            dstep_offset=run.state_tiles, MAKE_P=make_p, MAKE_M=make_m, BLOCK_T=run.tiles.t, **run.sizes,
+            mixed=self.mixed, blocks=blocks, MAKE_P=make_p, MAKE_M=make_m, PRESERVE=run.preserve,
+            **run.chunks, **run.token_cut,
         )  # fmt: skip
 
     def prepare(self) -> None:
         """What does not depend on the state, for all blocks."""
-        self.make_scores(self.run.table.rows, True, not self.run.preserve)
+        self.make_scores(self.run.table.rows, make_p=True, make_m=not self.run.preserve)
 
     def block(self, n: int) -> None:
         """With preservation: dY'', M, extra (in `raw`) and the gradients of the norms of block n."""
-        run, t, width = self.run, self.run.tiles, self.strip(self.run)
-        blocks, length = run.table.of(n), run.table.length
-        columns = ceil_div(run.d, t.f)
-        shared = run.sizes
-        steps = {name: shared[name] for name in ("step_size", "lr", "HAS_STEPS", "PRECISION")}
-        for name in ("step_size", "lr", "HAS_STEPS", "PRESERVE"):
-            del shared[name]
+        run, t = self.run, self.run.token_tile
+        blocks, length, width = run.table.of(n), run.table.length, min(t.d, 64)
+        columns = ceil_div(run.d, t.d)
         launch(
             scan_bwd_read_kernel, (ceil_div(length, t.t) * columns * len(blocks),), z=run.z, v=run.v,
-            shadow=run.shadow, raw=self.raw, scores=self.scores, blocks=blocks, BLOCK_T=t.t,
-            BLOCK_D=t.f, **shared,
+            shadow=run.shadow, raw=self.raw, scores=self.scores, blocks=blocks, BLOCK_D=t.d,
+            **run.chunks, **run.token_cut,
         )  # fmt: skip
         launch(
             scan_bwd_rescale_kernel, (ceil_div(run.d, width) * len(blocks),), raw=self.raw, dy=run.dy,
             v=run.v, dy_block=run.dy_block, pulled=self.pulled, norms=run.norms,
             w0_norms=run.w0_norms, ratios=self.ratios, pulls=self.pulls, pull=run.pull,
-            norm_grad=run.norm_grad, dsteps=run.dsteps, scores=self.scores, blocks=blocks, D=run.d,
-            CHUNK=run.chunk, BLOCK=length, parts=run.parts, dstep_width=run.dsteps.shape[1],
-            dstep_offset=run.dsteps.shape[1] - ceil_div(run.d, width), BLOCK_T=min(t.t, 64),
-            BLOCK_D=width, num_warps=4, num_stages=2, **steps,
+            norm_grad=run.norm_grad, scores=self.scores, blocks=blocks, D=run.d, BLOCK=length,
+            parts=run.parts, PRECISION=run.sizes["PRECISION"], BLOCK_T=min(t.t, 64), BLOCK_D=width,
+            num_warps=8, num_stages=2, **run.chunks,
         )  # fmt: skip
-        self.make_scores(blocks, False, True)
+        self.make_scores(blocks, make_p=False, make_m=True)

@@ -361,7 +361,7 @@ class Forward:
             PRESERVE=self.preserve, SUPER=self.super, PRECISION=self.precision,
             EVEN_F=self.f % t.k == 0 and self.f % t.f == 0, EVEN_D=self.d % t.d == 0,
             EVEN_C=self.chunk % t.k == 0, BLOCK_T=t.t, BLOCK_D=t.d, BLOCK_F=t.f, BLOCK_K=t.k,
-            num_warps=t.warps, num_stages=t.stages, **self.steps,
+            **t.launch, **self.steps,
         )  # fmt: skip
 
     def start(self, initial: Tensor, state: Tensor, shadow: Tensor, norms: Tensor) -> None:
@@ -412,7 +412,7 @@ class Forward:
             WRITE_LAST=write_last, NO_TOKENS=False, **self.views(shadows[0]), **self.cut,
         )  # fmt: skip
         if self.super and self.preserve:
-            width = min(t.d, 64)
+            width = min(t.d, 32)  # many short strips: each program walks its chunks one after another
             launch(
                 scan_fwd_rescale_kernel, (ceil_div(self.d, width), len(blocks)), raw=raw, y=y,
                 v=self.v, norms=norms[0], w0_norms=w0_norms, scores=scores, blocks=blocks, D=self.d,

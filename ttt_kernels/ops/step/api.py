@@ -31,8 +31,8 @@ def fast_weight_apply(
         z: keys [B, T, F], float32, bfloat16, float16 or float64; any strides.
         weight: fast weights [N, D, F], float32 (float64 for float64); any strides.
         row_scale: [N, D], dtype of weight: the scale of row-norm preservation. None = 1.
-        slots: int32 or int64 [B], the entry of each row; may repeat. None: row b reads entry b
-            (N = B), or all rows read the only one (N = 1).
+        slots: int32 or int64 [B] in [0, N), the entry of each row; may repeat. None: row b reads
+            entry b (N = B), or all rows read the only one (N = 1).
         impl: as in `fast_weight_scan`.
 
     Returns:
@@ -40,13 +40,21 @@ def fast_weight_apply(
 
     Precision: operands in z.dtype, products accumulated in float32 (float64 for float64), the applied
         weight is `weight` rounded to z.dtype, y is rounded once, after the row scale. Under autocast
-        z is cast to the autocast dtype, weight and row_scale are not.
+        z is cast to the autocast dtype, weight and row_scale are not. In the backward of "triton" the
+        product of dy and row_scale is an operand, rounded to z.dtype.
     Determinism: bitwise repeatable. With `slots`, a row's bits do not depend on the other rows.
     Cost: 2 D F FLOPs per token forward, 4 D F backward (2 D F where only z needs a gradient, 6 D F
-        with a row scale), and 4 D F bytes read per row: what bounds decode.
-    Limits: one derivative. Reading `slots` synchronises with a GPU.
+        with a row scale), and 4 D F bytes read per row: what bounds decode. "triton" takes
+        one launch; two, and float32 scratch of up to 16 outputs, where a weight has too few rows to
+        fill the GPU. It reads an entry once for up to 128 tokens (64 in float32) of a row, and again,
+        side by side, for more tokens and for rows with the same slot: from the GPU's cache if that
+        still has it. Without slots, rows that share the only weight count as one row.
+    Limits: one derivative. Slots that lie on a GPU are read on the host, which waits for the GPU, by
+        every implementation but "triton". That one never waits, and cannot raise: a row whose slot
+        is not in [0, N) reads nothing and gives NaN.
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value (of slots
+            where they are read on the host).
         NotImplementedError: an implementation that does not exist for this device.
 
     Source: TTT-NTP (arXiv 2606.21803) and In-Place TTT (arXiv 2604.06169), decoding.
@@ -87,8 +95,8 @@ def fast_weight_update_(
         z: keys [B, C, F], float32, bfloat16, float16 or float64; any strides.
         v: value targets [B, C, D], dtype of z. Row t is what token t writes.
         step_size: a number, or [B] in the dtype of weight.
-        slots: int32 or int64 [B], the entry of each row, all distinct. None: row b writes entry b
-            (N = B).
+        slots: int32 or int64 [B] in [0, N), the entry of each row, all distinct. None: row b writes
+            entry b (N = B).
         impl: as in `fast_weight_scan`.
 
     Precision: operands in z.dtype, products and sums in the dtype of weight.
@@ -96,10 +104,12 @@ def fast_weight_update_(
     Cost: 2 D F FLOPs per token and 8 D F bytes of weight per row. Extra memory: none that grows with
         D F.
     Limits: not differentiable. Values are not screened: a non-finite z or v makes the entry so.
-        Reading `slots` synchronises with a GPU.
+        Slots that lie on a GPU are read on the host, which waits for the GPU, by every implementation
+        but "triton". That one never waits, and cannot raise: a row whose slot is not in [0, N) writes
+        nothing, and an entry that several slots name becomes NaN.
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value, before
-            anything is written.
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value (of slots
+            where they are read on the host), before anything is written.
         RuntimeError: an argument requires a gradient while gradients are on.
         NotImplementedError: an implementation that does not exist for this device.
 
