@@ -93,14 +93,14 @@ def other_samples(dtype):
         z, v, _, cu = pair(packed=packed, dtype=dtype)
         weight = randn(D, 1, 5, seed=4, dtype=dtype)
         for proj in (None, randn(D, D, seed=3, dtype=dtype)):
-            yield "next_token_target_fwd", (v, proj, C, 1, cu)
-            yield "next_token_target_bwd", (v, v, proj, C, 2, cu)
-            yield "conv_target_fwd", (v, weight, proj, C, cu)
-            yield "conv_target_bwd", (v, v, weight, proj, C, cu)
+            yield "next_token_target_fwd", (v, proj, C, 1, cu, "eager")
+            yield "next_token_target_bwd", (v, v, proj, C, 2, cu, "eager")
+            yield "conv_target_fwd", (v, weight, proj, C, cu, "eager")
+            yield "conv_target_bwd", (v, v, weight, proj, C, cu, "eager")
         steps = randn(len(z), 4 if packed else 3, seed=6, dtype=compute_dtype(dtype))
         for rule in (("spectral", 0.3, 5.0), ("clipped", 0.3, 9.0)):
-            yield "step_size_fwd", (z, v, C, cu, *rule)
-            yield "step_size_bwd", (steps, z, v, C, cu, *rule)
+            yield "step_size_fwd", (z, v, C, cu, *rule, "eager")
+            yield "step_size_bwd", (steps, z, v, C, cu, *rule, "eager")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

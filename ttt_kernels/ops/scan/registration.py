@@ -17,7 +17,6 @@ from ttt_kernels.ops.scan.validation import check_packed_steps
 from ttt_kernels.types import compute_dtype
 
 
-
 def _triton_forward(*args):
     from ttt_kernels.ops.scan import triton_fwd
 

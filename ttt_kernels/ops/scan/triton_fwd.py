@@ -10,9 +10,9 @@ and the row sums of W_{n+1}^2 of its columns, from which the next launch makes r
 the longer ones and come first, so that write tiles fill the last wave.
 
 A block of one chunk has no P. In a super-chunk P [t, u] = s_u (z_u . z_t), u in an earlier chunk of the
-block: `scores` makes it for the whole batch before the first launch. With row-norm preservation W_k of
-the chunks inside the block is never formed: the apply tiles leave raw = W_k z in float32 and `rescale`
-walks the chunks with ||W_{k+1}||^2 = ||W_k||^2 + sum_t s v (2 raw + (same-chunk P) v).
+block: `scores` makes it, for many blocks at a time. With row-norm preservation W_k of the chunks inside
+the block is never formed: the apply tiles leave raw = W_k z in float32 and `rescale` walks the chunks with
+||W_{k+1}||^2 = ||W_k||^2 + sum_t s v (2 raw + (same-chunk P) v).
 
 The first launch of all writes no tokens into W_0: it copies the initial state to float32, rounds it and
 sums its rows exactly as every later launch does, so that an unchanged W gives r = 1 bit for bit.
@@ -76,7 +76,8 @@ def scan_fwd_step_kernel(
         rows = tl.cdiv(BLOCK, BLOCK_T)
         i_t = i_program % rows
         i_d = (i_program // rows) % columns
-        first, tokens, written, i_sequence, _, _ = load_block(blocks, i_program // (rows * columns))
+        i_block = (i_program // (rows * columns)).to(tl.int64)
+        first, tokens, written, i_sequence, _, _ = load_block(blocks, i_block)
         if i_t * BLOCK_T < tokens:
             o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
             o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -85,7 +86,9 @@ def scan_fwd_step_kernel(
             # Rows past the end repeat the last one: they are not stored, and need no mask. Offsets
             # inside a tile are 32 bits wide, those of its corner 64: registers are what is scarce.
             r_t = tl.minimum(tl.arange(0, BLOCK_T), tokens - 1 - i_t * BLOCK_T)[:, None]
-            r_d = tl.arange(0, BLOCK_D) if EVEN_D else tl.minimum(tl.arange(0, BLOCK_D), D - 1 - i_d * BLOCK_D)
+            r_d = tl.arange(0, BLOCK_D)
+            if not EVEN_D:
+                r_d = tl.minimum(r_d, D - 1 - i_d * BLOCK_D)
             b_y = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
             o_k = tl.arange(0, BLOCK_K)
             i_row = first + i_t * BLOCK_T
@@ -109,7 +112,7 @@ def scan_fwd_step_kernel(
                     o_u = i_u + o_k
                     m_u = o_u < seen
                     earlier = (o_u // CHUNK)[None, :] < (o_t // CHUNK)[:, None]
-                    p_p = (scores + i_row * BLOCK) + (r_t * BLOCK + o_u[None, :])
+                    p_p = (scores + i_block * BLOCK * BLOCK) + ((i_t * BLOCK_T + r_t) * BLOCK + o_u[None, :])
                     p_v = (v + (first + i_u) * D) + (o_k[:, None] * D + o_d[None, :])
                     if EVEN_C:  # whole tiles of tokens are seen, or none
                         b_p, b_v = tl.load(p_p), tl.load(p_v, mask=m_d[None, :], other=0.0)
@@ -119,8 +122,7 @@ def scan_fwd_step_kernel(
                     b_p = tl.where(earlier, b_p, 0.0)  # what is not earlier may be anything
                     b_y = tl.dot(b_p, b_v, b_y, input_precision=PRECISION)
             if PRESERVE and SUPER:
-                i_block = i_program // (rows * columns)
-                p_y = (raw + i_block.to(tl.int64) * BLOCK * D) + (o_t[:, None] * D + o_d[None, :])
+                p_y = (raw + i_block * BLOCK * D) + (o_t[:, None] * D + o_d[None, :])
                 tl.store(p_y, b_y, mask=m_y)
             else:
                 if PRESERVE:
@@ -133,11 +135,10 @@ def scan_fwd_step_kernel(
         i_tile = i_program - apply_tiles
         i_d = i_tile % columns
         i_f = (i_tile // columns) % tl.cdiv(F, BLOCK_F)
-        i_block = i_tile // (columns * tl.cdiv(F, BLOCK_F))
+        i_block = (i_tile // (columns * tl.cdiv(F, BLOCK_F))).to(tl.int64)
         first, tokens, written, i_sequence, i_chunk, last = load_block(blocks, i_block)
         if NO_TOKENS or (written > 0 and (WRITE_LAST or last == 0)):
             o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
-            o_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
             corner = i_d.to(tl.int64) * BLOCK_D * F + i_f * BLOCK_F
             p_base = base + i_sequence * base_stride + corner
             p_state, p_shadow = state + i_sequence * D * F + corner, next_shadow + i_sequence * D * F + corner
@@ -256,7 +257,7 @@ def scan_fwd_scores_kernel(
             b_p *= tl.load(step_size + i_chunk + o_u // CHUNK, mask=m_u, other=0.0)[None, :]
         else:
             b_p *= lr
-        p_p = scores + (first + o_t)[:, None] * BLOCK + o_u[None, :]
+        p_p = (scores + i_block.to(tl.int64) * BLOCK * BLOCK) + (o_t[:, None] * BLOCK + o_u[None, :])
         tl.store(p_p, b_p.to(scores.dtype.element_ty), mask=(o_t < tokens)[:, None] & m_u[None, :])
 
 
@@ -266,7 +267,7 @@ def scan_fwd_rescale_kernel(
     HAS_STEPS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y = r_k raw for the chunks k of a super-chunk in order, one strip of columns a program."""
-    i_d, i_block = tl.program_id(0), tl.program_id(1)
+    i_d, i_block = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first, tokens, written, i_sequence, i_chunk, _ = load_block(blocks, i_block)
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -280,7 +281,7 @@ def scan_fwd_rescale_kernel(
             o_t = i_t + tl.arange(0, BLOCK_T)
             m_t = o_t < tl.minimum(i_c + CHUNK, tokens)
             m_y = m_t[:, None] & m_d[None, :]
-            p_raw = raw + (i_block * BLOCK + o_t).to(tl.int64)[:, None] * D + o_d[None, :]
+            p_raw = raw + (i_block * BLOCK + o_t)[:, None] * D + o_d[None, :]
             b_raw = tl.load(p_raw, mask=m_y, other=0.0)
             r_t = (first + o_t)[:, None]
             tl.store(y + r_t * D + o_d[None, :], (b_raw * ratio).to(y.dtype.element_ty), mask=m_y)
@@ -289,7 +290,7 @@ def scan_fwd_rescale_kernel(
                 for i_u in range(i_c, i_c + CHUNK, BLOCK_T):
                     o_u = i_u + tl.arange(0, BLOCK_T)
                     m_u = o_u < i_c + CHUNK
-                    p_p = scores + r_t * BLOCK + o_u[None, :]
+                    p_p = (scores + i_block * BLOCK * BLOCK) + (o_t[:, None] * BLOCK + o_u[None, :])
                     b_p = tl.load(p_p, mask=m_t[:, None] & m_u[None, :], other=0.0)
                     p_v = v + (first + o_u)[:, None] * D + o_d[None, :]
                     b_v = tl.load(p_v, mask=m_u[:, None] & m_d[None, :], other=0.0)
@@ -326,6 +327,7 @@ class Forward:
         self.parts = ceil_div(self.f, self.tiles.f)
         self.precision = input_precision(z.dtype)
         self.empty = z.new_empty(1)
+        self.group = range(0)  # launches whose scores are at hand
 
     def choose_tiles(self) -> Tiles:
         arch, size = architecture(self.z.device), self.z.element_size()
@@ -373,30 +375,36 @@ class Forward:
         launch(
             scan_fwd_step_kernel, grid, z=self.z, v=self.v, y=self.z, raw=self.empty, base=initial,
             state=state, shadow=shadow, next_shadow=shadow, norms=norms, next_norms=norms,
-            w0_norms=norms, scores=self.z, blocks=rows, base_stride=self.d * self.f if initial.dim() == 3 else 0, norm_parts=self.parts,
-            apply_tiles=0, WRITE_LAST=True, NO_TOKENS=True, **NO_VIEWS, **self.cut,
+            w0_norms=norms, scores=self.z, blocks=rows, norm_parts=self.parts,
+            base_stride=self.d * self.f if initial.dim() == 3 else 0, apply_tiles=0, WRITE_LAST=True,
+            NO_TOKENS=True, **NO_VIEWS, **self.cut,
         )  # fmt: skip
 
-    def scores(self) -> Tensor:
-        """P of every super-chunk, [B * T, block] in the dtype of z."""
-        tokens = self.z.shape[0] * self.z.shape[1]
-        if not self.super or not tokens:
+    def scores(self, n: int) -> Tensor:
+        """P of the super-chunks of launch n, [blocks, block, block] in the dtype of z. Made for as many
+        launches at a time as take a quarter of a float32 weight: few would not fill a GPU."""
+        if not self.super:
             return self.empty
-        out = self.z.new_empty(tokens, self.table.length)
-        t, tiles = self.tiles, ceil_div(self.table.length, self.tiles.t)
-        launch(
-            scan_fwd_scores_kernel, (tiles, tiles, len(self.table.rows)), z=self.z, scores=out,
-            blocks=self.table.rows, F=self.f, CHUNK=self.chunk, BLOCK=self.table.length,
-            HAS_STEPS=self.has_steps, EVEN_F=self.f % t.k == 0, ALIGNED=self.chunk % 16 == 0,
-            PRECISION=self.precision, BLOCK_T=t.t, BLOCK_K=t.k, num_warps=t.warps, num_stages=t.stages, **self.steps,
-        )  # fmt: skip
-        return out
+        length, offsets = self.table.length, self.table.offsets
+        if n not in self.group:
+            limit = offsets[n] + max(len(self.table.of(n)), self.d * self.f // (2 * length**2))
+            stop = max(m for m in range(n + 1, len(offsets)) if m == n + 1 or offsets[m] <= limit)
+            blocks, t = self.table.rows[offsets[n] : offsets[stop]], self.tiles
+            self.group, self.group_scores = range(n, stop), self.z.new_empty(len(blocks), length, length)
+            tiles = ceil_div(length, t.t)
+            launch(
+                scan_fwd_scores_kernel, (tiles, tiles, len(blocks)), z=self.z, scores=self.group_scores,
+                blocks=blocks, F=self.f, CHUNK=self.chunk, BLOCK=length, HAS_STEPS=self.has_steps,
+                EVEN_F=self.f % t.k == 0, ALIGNED=self.chunk % 16 == 0, PRECISION=self.precision,
+                BLOCK_T=t.t, BLOCK_K=t.k, num_warps=t.warps, num_stages=t.stages, **self.steps,
+            )  # fmt: skip
+        return self.group_scores[offsets[n] - offsets[self.group.start] :]
 
     def step(
-        self, n, y, raw, state, shadows, norms, w0_norms, scores, *, write, write_last, plan="fused"
+        self, n, y, raw, state, shadows, norms, w0_norms, *, write, write_last, plan="fused"
     ) -> None:
         """Launch n: y of block n from the first shadow; with `write`, the state after it."""
-        blocks, t = self.table.of(n), self.tiles
+        blocks, t, scores = self.table.of(n), self.tiles, self.scores(n)
         columns = ceil_div(self.d, t.d)
         apply_tiles = len(blocks) * columns * ceil_div(self.table.length, t.t)
         if plan == "split":
@@ -450,14 +458,13 @@ def forward(
     if preserve_row_norm:  # in memory that the next launch fills
         run.start(w0, carried[:1], shadows[0][:1], w0_norms)
     run.start(w0 if state is None else state, carried, shadows[0], norms[0])
-    scores = run.scores()
     raw = run.empty
     if run.super and preserve_row_norm:
         raw = run.float32(table.sequences * table.length, d)
     for n in table.launches:
         more = n + 1 < len(table.launches)
         run.step(
-            n, y, raw, carried, shadows, norms, w0_norms, scores, write=more or return_state,
+            n, y, raw, carried, shadows, norms, w0_norms, write=more or return_state,
             write_last=return_state, plan=plan,
         )  # fmt: skip
         shadows.reverse()

@@ -5,6 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ttt_kernels.ops import _checks as check
+from ttt_kernels.ops._implementations import requested_implementation
+from ttt_kernels.ops._library import without_autocast
+from ttt_kernels.ops.step_size import reference
 from ttt_kernels.ops.step_size.registration import StepSizeFunction
 from ttt_kernels.ops.step_size.validation import check_operands
 
@@ -41,7 +44,9 @@ def spectral_step_size(
 
     Precision: operands in z.dtype, everything else float32 (float64 for float64).
     Determinism: bitwise repeatable.
-    Cost: 2 C (D + F) FLOPs per token forward, three times that backward, O(C^2) memory.
+    Cost: 2 C (D + F) FLOPs per token forward, three times that backward, O(C^2) memory. The fused kernels
+        make one triangle of each Gram matrix, C (D + F), and backward that again and
+        8 (iterations + 1) (D + F). Reading `cu_seqlens` synchronises with a GPU.
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
 
@@ -50,8 +55,11 @@ def spectral_step_size(
     z, v = check_operands(z, v, chunk_size, cu_seqlens)
     lr = check.check_finite_number("lr", lr)
     check.check_positive_int("iterations", iterations)
+    impl = requested_implementation("auto")
+    if impl == "reference":
+        return without_autocast(reference.spectral)(z, v, chunk_size, lr, iterations, cu_seqlens)
     return StepSizeFunction.apply(
-        z, v, chunk_size, cu_seqlens, "spectral", lr, float(iterations)
+        z, v, chunk_size, cu_seqlens, "spectral", lr, float(iterations), impl
     )
 
 
@@ -74,7 +82,10 @@ def clipped_step_size(
         z, v, chunk_size, lr, cu_seqlens: as in `spectral_step_size`.
         max_norm: the paper's tau, > 0.
 
-    Returns, precision, determinism and cost: as in `spectral_step_size`.
+    Returns, precision, determinism: as in `spectral_step_size`.
+    Cost: 2 C (D + F) FLOPs per token forward, three times that backward. The fused kernels: C (D + F)
+        forward, in which no Gram matrix is stored; backward that again and, for chunks that are
+        clipped, 2 C (D + F), twice where operands have 16 bits.
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
 
@@ -83,4 +94,7 @@ def clipped_step_size(
     z, v = check_operands(z, v, chunk_size, cu_seqlens)
     lr = check.check_finite_number("lr", lr)
     max_norm = check.check_finite_number("max_norm", max_norm, positive=True)
-    return StepSizeFunction.apply(z, v, chunk_size, cu_seqlens, "clipped", lr, max_norm)
+    impl = requested_implementation("auto")
+    if impl == "reference":
+        return without_autocast(reference.clipped)(z, v, chunk_size, lr, max_norm, cu_seqlens)
+    return StepSizeFunction.apply(z, v, chunk_size, cu_seqlens, "clipped", lr, max_norm, impl)

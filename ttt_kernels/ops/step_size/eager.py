@@ -14,10 +14,6 @@ from torch import Tensor
 from ttt_kernels.ops.step_size.gram_rules import Clipped, Spectral
 from ttt_kernels.types import chunk_count, compute_dtype, sequence_spans
 
-NORMALIZE_EPS = 1e-8
-SIGMA_FLOOR = 1e-6
-GROUP_ELEMENTS = 1 << 22  # Gram matrix elements of a group of chunks: 16 MiB in float32
-
 GROUP_ELEMENTS = 1 << 22  # Gram matrix elements of a group of chunks: 16 MiB in float32
 
 Rule = Spectral | Clipped

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
+from ttt_kernels.ops._implementations import resolve_implementation
 from ttt_kernels.ops._library import register_op
 from ttt_kernels.ops.step_size import eager
 from ttt_kernels.ops.step_size.gram_rules import Clipped, Spectral
@@ -19,11 +20,28 @@ RULES = {
 }
 
 
-def _forward(z, v, chunk_size, cu_seqlens, kind, lr, parameter):
-    return eager.forward(z, v, chunk_size, cu_seqlens, RULES[kind](lr, parameter))
+def _triton_forward(*args):
+    from ttt_kernels.ops.step_size import triton_fwd
+
+    return triton_fwd.forward(*args)
 
 
-def _forward_fake(z, v, chunk_size, cu_seqlens, kind, lr, parameter):
+def _triton_backward(*args):
+    from ttt_kernels.ops.step_size import triton_bwd
+
+    return triton_bwd.backward(*args)
+
+
+FORWARD = {"eager": eager.forward, "triton": _triton_forward}
+BACKWARD = {"eager": eager.backward, "triton": _triton_backward}
+
+
+def _forward(z, v, chunk_size, cu_seqlens, kind, lr, parameter, impl):
+    forward = FORWARD[resolve_implementation(impl, z, f"{kind}_step_size")]
+    return forward(z, v, chunk_size, cu_seqlens, RULES[kind](lr, parameter))
+
+
+def _forward_fake(z, v, chunk_size, cu_seqlens, kind, lr, parameter, impl):
     if cu_seqlens is None:
         count = ceil_div(z.shape[1], chunk_size)
     else:  # how many chunks packed sequences have depends on values
@@ -31,15 +49,19 @@ def _forward_fake(z, v, chunk_size, cu_seqlens, kind, lr, parameter):
     return z.new_empty(z.shape[0], count, dtype=compute_dtype(z.dtype))
 
 
-def _backward(dsteps, z, v, chunk_size, cu_seqlens, kind, lr, parameter):
-    return eager.backward(dsteps, z, v, chunk_size, cu_seqlens, RULES[kind](lr, parameter))
+def _backward(dsteps, z, v, chunk_size, cu_seqlens, kind, lr, parameter, impl):
+    backward = BACKWARD[resolve_implementation(impl, z, f"{kind}_step_size")]
+    return backward(dsteps, z, v, chunk_size, cu_seqlens, RULES[kind](lr, parameter))
 
 
-def _backward_fake(dsteps, z, v, chunk_size, cu_seqlens, kind, lr, parameter):
+def _backward_fake(dsteps, z, v, chunk_size, cu_seqlens, kind, lr, parameter, impl):
     return z.new_empty(z.shape), v.new_empty(v.shape)
 
 
-_ARGUMENTS = "Tensor z, Tensor v, SymInt chunk_size, Tensor? cu_seqlens, str kind, float lr, float parameter"
+_ARGUMENTS = (
+    "Tensor z, Tensor v, SymInt chunk_size, Tensor? cu_seqlens, str kind, float lr, float parameter, "
+    "str impl"
+)
 step_size_fwd = register_op(f"step_size_fwd({_ARGUMENTS}) -> Tensor", _forward, _forward_fake)
 step_size_bwd = register_op(
     f"step_size_bwd(Tensor dsteps, {_ARGUMENTS}) -> (Tensor, Tensor)", _backward, _backward_fake
@@ -48,21 +70,19 @@ step_size_bwd = register_op(
 
 class StepSizeFunction(torch.autograd.Function):
     @staticmethod
-    def forward(z, v, chunk_size, cu_seqlens, kind, lr, parameter):
-        return step_size_fwd(z, v, chunk_size, cu_seqlens, kind, lr, parameter)
+    def forward(*args):
+        return step_size_fwd(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        z, v, chunk_size, cu_seqlens, kind, lr, parameter = inputs
+        z, v, chunk_size, cu_seqlens, *rule_and_impl = inputs
         ctx.save_for_backward(z, v, cu_seqlens)
-        ctx.settings = (chunk_size, kind, lr, parameter)
+        ctx.settings = (chunk_size, rule_and_impl)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dsteps):
         z, v, cu_seqlens = ctx.saved_tensors
-        chunk_size, kind, lr, parameter = ctx.settings
-        dz, dv = step_size_bwd(
-            dsteps.contiguous(), z, v, chunk_size, cu_seqlens, kind, lr, parameter
-        )
-        return dz, dv, *(None,) * 5
+        chunk_size, rule_and_impl = ctx.settings
+        dz, dv = step_size_bwd(dsteps.contiguous(), z, v, chunk_size, cu_seqlens, *rule_and_impl)
+        return dz, dv, *(None,) * 6

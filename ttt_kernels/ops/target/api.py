@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ttt_kernels.ops import _checks as check
-from ttt_kernels.ops.target import validation
+from ttt_kernels.ops._implementations import requested_implementation
+from ttt_kernels.ops._library import without_autocast
+from ttt_kernels.ops.target import reference, validation
 from ttt_kernels.ops.target.registration import ConvFunction, NextTokenFunction
 
 
@@ -34,7 +36,8 @@ def next_token_target(
     Returns:
         v [B, T, D], dtype of x.
 
-    Precision: products accumulated in float32 (float64 for float64), v rounded once.
+    Precision: products accumulated in float32 (float64 for float64), v rounded once. On a GPU the
+        projection is `torch.mm` and follows torch's switches (TF32, reduced-precision reductions).
     Determinism: bitwise repeatable.
     Cost: 2 D^2 FLOPs per token forward, 4 D^2 backward; x is not copied.
     Raises:
@@ -50,8 +53,11 @@ def next_token_target(
     check.check_positive_int("chunk_size", chunk_size)
     check.check_positive_int("horizon", horizon)
     check.check_cu_seqlens(cu_seqlens, x.shape[0])
+    impl = requested_implementation("auto")
+    if impl == "reference":
+        return without_autocast(reference.next_token_target)(x, proj, chunk_size, horizon, cu_seqlens)
     proj = None if proj is None else proj.contiguous()
-    return NextTokenFunction.apply(x.contiguous(), proj, chunk_size, horizon, cu_seqlens)
+    return NextTokenFunction.apply(x.contiguous(), proj, chunk_size, horizon, cu_seqlens, impl)
 
 
 def conv_target(
@@ -80,7 +86,9 @@ def conv_target(
     Returns:
         v [B, T, D], dtype of u.
 
-    Precision: sums and products in float32 (float64 for float64), v rounded once.
+    Precision: sums and products in float32 (float64 for float64), v rounded once. On a GPU the
+        convolution is rounded to u.dtype where a projection follows, as is the gradient between the
+        two, and the projection is `torch.mm` and follows torch's switches.
     Determinism: bitwise repeatable.
     Cost: 2 D^2 + 2 KW D FLOPs per token forward, twice that backward.
     Raises:
@@ -97,7 +105,10 @@ def conv_target(
     validation.check_conv(conv_weight, u)
     validation.check_proj(proj, "u", u)
     check.check_cu_seqlens(cu_seqlens, u.shape[0])
+    impl = requested_implementation("auto")
+    if impl == "reference":
+        return without_autocast(reference.conv_target)(u, conv_weight, proj, chunk_size, cu_seqlens)
     proj = None if proj is None else proj.contiguous()
     return ConvFunction.apply(
-        u.contiguous(), conv_weight.contiguous(), proj, chunk_size, cu_seqlens
+        u.contiguous(), conv_weight.contiguous(), proj, chunk_size, cu_seqlens, impl
     )

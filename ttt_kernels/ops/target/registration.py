@@ -5,8 +5,61 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
+from ttt_kernels.ops._implementations import resolve_implementation
 from ttt_kernels.ops._library import register_op
 from ttt_kernels.ops.target import eager
+
+
+def _forward(impl, operand, op):
+    """The module whose functions are called like the ops."""
+    if resolve_implementation(impl, operand, op) == "eager":
+        return eager
+    from ttt_kernels.ops.target import triton_fwd
+
+    return triton_fwd
+
+
+def _backward(impl, operand, op):
+    if resolve_implementation(impl, operand, op) == "eager":
+        return eager
+    from ttt_kernels.ops.target import triton_bwd
+
+    return triton_bwd
+
+
+def _next_token(x, proj, chunk_size, horizon, cu_seqlens, impl):
+    module = _forward(impl, x, "next_token_target")
+    return module.next_token(x, proj, chunk_size, horizon, cu_seqlens)
+
+
+def _next_token_fake(x, proj, chunk_size, horizon, cu_seqlens, impl):
+    return x.new_empty(x.shape)
+
+
+def _next_token_backward(dv, x, proj, chunk_size, horizon, cu_seqlens, impl):
+    module = _backward(impl, x, "next_token_target")
+    return module.next_token_backward(dv, x, proj, chunk_size, horizon, cu_seqlens)
+
+
+def _next_token_backward_fake(dv, x, proj, chunk_size, horizon, cu_seqlens, impl):
+    return x.new_empty(x.shape), _like(proj, x)
+
+
+def _conv(u, conv_weight, proj, chunk_size, cu_seqlens, impl):
+    return _forward(impl, u, "conv_target").conv(u, conv_weight, proj, chunk_size, cu_seqlens)
+
+
+def _conv_fake(u, conv_weight, proj, chunk_size, cu_seqlens, impl):
+    return u.new_empty(u.shape)
+
+
+def _conv_backward(dv, u, conv_weight, proj, chunk_size, cu_seqlens, impl):
+    module = _backward(impl, u, "conv_target")
+    return module.conv_backward(dv, u, conv_weight, proj, chunk_size, cu_seqlens)
+
+
+def _conv_backward_fake(dv, u, conv_weight, proj, chunk_size, cu_seqlens, impl):
+    return u.new_empty(u.shape), conv_weight.new_empty(conv_weight.shape), _like(proj, u)
 
 
 def _like(t, other):
@@ -15,42 +68,38 @@ def _like(t, other):
 
 next_token_fwd = register_op(
     "next_token_target_fwd(Tensor x, Tensor? proj, SymInt chunk_size, SymInt horizon, "
-    "Tensor? cu_seqlens) -> Tensor",
-    eager.next_token,
-    lambda x, proj, chunk_size, horizon, cu_seqlens: x.new_empty(x.shape),
+    "Tensor? cu_seqlens, str impl) -> Tensor",
+    _next_token,
+    _next_token_fake,
 )
 next_token_bwd = register_op(
     "next_token_target_bwd(Tensor dv, Tensor x, Tensor? proj, SymInt chunk_size, SymInt horizon, "
-    "Tensor? cu_seqlens) -> (Tensor, Tensor)",
-    eager.next_token_backward,
-    lambda dv, x, proj, chunk_size, horizon, cu_seqlens: (x.new_empty(x.shape), _like(proj, x)),
+    "Tensor? cu_seqlens, str impl) -> (Tensor, Tensor)",
+    _next_token_backward,
+    _next_token_backward_fake,
 )
 conv_fwd = register_op(
     "conv_target_fwd(Tensor u, Tensor conv_weight, Tensor? proj, SymInt chunk_size, "
-    "Tensor? cu_seqlens) -> Tensor",
-    eager.conv,
-    lambda u, conv_weight, proj, chunk_size, cu_seqlens: u.new_empty(u.shape),
+    "Tensor? cu_seqlens, str impl) -> Tensor",
+    _conv,
+    _conv_fake,
 )
 conv_bwd = register_op(
     "conv_target_bwd(Tensor dv, Tensor u, Tensor conv_weight, Tensor? proj, SymInt chunk_size, "
-    "Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)",
-    eager.conv_backward,
-    lambda dv, u, conv_weight, proj, chunk_size, cu_seqlens: (
-        u.new_empty(u.shape),
-        conv_weight.new_empty(conv_weight.shape),
-        _like(proj, u),
-    ),
+    "Tensor? cu_seqlens, str impl) -> (Tensor, Tensor, Tensor)",
+    _conv_backward,
+    _conv_backward_fake,
 )
 
 
 class NextTokenFunction(torch.autograd.Function):
     @staticmethod
-    def forward(x, proj, chunk_size, horizon, cu_seqlens):
-        return next_token_fwd(x, proj, chunk_size, horizon, cu_seqlens)
+    def forward(*args):
+        return next_token_fwd(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, proj, ctx.chunk_size, ctx.horizon, cu_seqlens = inputs
+        x, proj, ctx.chunk_size, ctx.horizon, cu_seqlens, ctx.impl = inputs
         ctx.save_for_backward(x, proj, cu_seqlens)
 
     @staticmethod
@@ -58,19 +107,19 @@ class NextTokenFunction(torch.autograd.Function):
     def backward(ctx, dv):
         x, proj, cu_seqlens = ctx.saved_tensors
         dx, dproj = next_token_bwd(
-            dv.contiguous(), x, proj, ctx.chunk_size, ctx.horizon, cu_seqlens
+            dv.contiguous(), x, proj, ctx.chunk_size, ctx.horizon, cu_seqlens, ctx.impl
         )
-        return dx, None if proj is None else dproj, None, None, None
+        return dx, None if proj is None else dproj, *(None,) * 4
 
 
 class ConvFunction(torch.autograd.Function):
     @staticmethod
-    def forward(u, conv_weight, proj, chunk_size, cu_seqlens):
-        return conv_fwd(u, conv_weight, proj, chunk_size, cu_seqlens)
+    def forward(*args):
+        return conv_fwd(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        u, conv_weight, proj, ctx.chunk_size, cu_seqlens = inputs
+        u, conv_weight, proj, ctx.chunk_size, cu_seqlens, ctx.impl = inputs
         ctx.save_for_backward(u, conv_weight, proj, cu_seqlens)
 
     @staticmethod
@@ -78,6 +127,6 @@ class ConvFunction(torch.autograd.Function):
     def backward(ctx, dv):
         u, conv_weight, proj, cu_seqlens = ctx.saved_tensors
         du, dweight, dproj = conv_bwd(
-            dv.contiguous(), u, conv_weight, proj, ctx.chunk_size, cu_seqlens
+            dv.contiguous(), u, conv_weight, proj, ctx.chunk_size, cu_seqlens, ctx.impl
         )
-        return du, dweight, None if proj is None else dproj, None, None
+        return du, dweight, None if proj is None else dproj, *(None,) * 3
