@@ -12,6 +12,7 @@ from ttt_kernels.modules.facts import drop_hand_over
 from ttt_kernels.modules.mlp import (
     FastWeightMLP,
     TargetWeight,
+    read_and_write,
     replace_slow_linear,
     slow_linear,
 )
@@ -170,6 +171,8 @@ def unpatch_model(model: nn.Module) -> None:
             raise RuntimeError(
                 f"layer {i} must hold its FastWeightMLP to be unpatched, got {type(mlp).__name__}"
             )
+        if mlp.read_write is not read_and_write:
+            raise RuntimeError(f"layer {i} must not be split over processes to be unpatched")
         if is_sharded(mlp.slow_weight):
             raise RuntimeError(f"layer {i}: down_proj.weight must be whole to be unpatched, got a DTensor")
         if hasattr(mlp.down_proj, "_hf_hook"):  # bound to the layer that is to be taken out
