@@ -1,11 +1,13 @@
 """The demo on a tiny model: what it reports is what a model with fast weights does."""
 
+import argparse
 import hashlib
 import json
 import math
 import subprocess
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ import tiny_models
 import torch
 
 import ttt_kernels as ttt
-from ttt_kernels.cli import demo_data, demo_model, demo_run
+from ttt_kernels.cli import demo_command, demo_data, demo_model, demo_run
 from ttt_kernels.cli.demo_data import Artefact, Unavailable
 from ttt_kernels.cli.main import main
 
@@ -96,6 +98,50 @@ def test_options_reach_the_model(arguments, tmp_path):
     assert wanted.items() <= config.items()
 
 
+def test_trained_projections_are_used_and_named(arguments, tmp_path, capsys):
+    trained = tiny_models.patched()
+    file = tmp_path / "p.safetensors"
+    ttt.save_projections(trained, file, metadata={"trained on": "old speeches"})
+    keep = [a for a in arguments if a not in ("--chunk-size", "8", "--layers", "0", "2")]
+    assert main([*keep, "--projections", str(file)]) == 0
+    record = read_record(tmp_path / "new" / "out")
+    assert record["projections"] == {"trained on": "old speeches"}
+    assert record["config"]["layers"] == [0, 2] and record["config"]["lr"] == 2.0
+    assert "projections are trained on: old speeches" in " ".join(capsys.readouterr().out.split())
+    small = [*keep, "--chunk-size", "8", "--layers", "0", "2", "--lr", "2"]
+    small += ["--inner-optimizer", "sgd", "--no-preserve-row-norm"]
+    assert main([*small, "--projections", "none"]) == 0
+    untrained = read_record(tmp_path / "new" / "out")
+    assert untrained["projections"] is None
+    assert untrained["loss"]["total"]["off"] == record["loss"]["total"]["off"]
+    assert untrained["loss"]["total"]["on"] != record["loss"]["total"]["on"]
+    assert "projections are untrained" in " ".join(capsys.readouterr().out.split())
+
+
+def test_shipped_projections_are_the_default_of_the_default_model_only(tmp_path):
+    def chosen(*arguments):
+        parser = argparse.ArgumentParser()
+        demo_command.add_parser(parser.add_subparsers())
+        return demo_command.choose_projections(parser.parse_args(["demo", *arguments]))
+
+    assert chosen() == chosen("--window", "512") == demo_command.SHIPPED
+    assert chosen("--projections", "none") is chosen("--model", "m") is chosen("--lr", "1") is None
+    assert chosen("--model", "m", "--projections", "f") == Path("f")
+
+
+def test_shipped_projections_are_complete():
+    from safetensors import safe_open
+
+    with safe_open(demo_command.SHIPPED, "pt") as file:
+        config = ttt.TTTConfig.from_hf_config(json.loads(file.metadata()["config"]))
+        names = {f"model.layers.{i}.mlp.ttt_proj.weight" for i in config.layers}
+        assert set(file.keys()) == names
+        assert all(torch.isfinite(file.get_tensor(n)).all() for n in names)
+        assert {tuple(file.get_tensor(n).shape) for n in names} == {(576, 576)}
+        assert "State of the Union" in file.metadata()["trained on"]
+    assert (demo_command.SHIPPED.parent / "README.md").exists()
+
+
 def test_everything_is_marked_when_nothing_can_be_had(offline, tmp_path, capsys):
     """Random model, Python's own help as text: said on the screen and in the file."""
     folder = tmp_path / "out"
@@ -150,6 +196,7 @@ def test_loss_is_that_of_the_model():
         (["--lr", "-1"], ["lr", "-1"]),
         (["--text", "absent.txt"], ["--text", "absent.txt"]),
         (["--model", "absent/model/here"], ["--model", "absent/model/here"]),
+        (["--projections", "p.safetensors"], ["--projections", "leave out", "--chunk-size"]),
     ],
 )
 def test_bad_arguments(arguments, changes, words, capsys):

@@ -88,6 +88,8 @@ def test_without_nvcc(source, tmp_path):
     assert "not built: " in report
     licenses = {p.name for p in target.glob("*.dist-info/licenses/*")}
     assert licenses == set(LICENSES)
+    shipped = {p.suffix for p in (target / "ttt_kernels" / "cli" / "projections").iterdir()}
+    assert shipped == {".md", ".safetensors"}
 
 
 def test_metadata_needs_no_torch(source):

@@ -291,7 +291,9 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "spectral_step_size": Operation(
         operands=step_operands(),
-        implementations=implementations(step_size_reference.spectral, ttt.spectral_step_size, gradient_memory),
+        implementations=implementations(
+            step_size_reference.spectral, ttt.spectral_step_size, gradient_memory
+        ),
         flops=gram_flops,
         gemms=gram_gemms,
         slack=GRAM_SLACK,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +17,9 @@ from ttt_kernels.cli.demo_report import DemoResult
 from ttt_kernels.cli.demo_run import Observer, compare_scan, read
 from ttt_kernels.cli.errors import UserError, require
 from ttt_kernels.cli.measure import busy_warning, environment
+from ttt_kernels.patch.model import PatchReport, patch_report
 
+SHIPPED = Path(__file__).parent / "projections" / "smollm2-135m-instruct.safetensors"
 TIMED_ROUNDS = 5
 IMPLEMENTATIONS = 2  # reference and eager, for the length of the progress bar
 
@@ -28,7 +30,8 @@ def add_parser(commands) -> None:
         help="patch a pretrained model and read a real text",
         description="Patch a model, read a text in windows with fast weights off and on, and "
         "report parity, cost, loss by position and drift as tables, demo.json and demo.png. "
-        "Without --model and --text: SmolLM2-135M-Instruct (a 93 MB download, once) reads Hamlet.",
+        "Without --model and --text: SmolLM2-135M-Instruct (a 93 MB download, once) with trained "
+        "projections reads Hamlet.",
     )
     data = parser.add_argument_group("what reads what")
     data.add_argument("--model", metavar="DIR_OR_NAME", help="a Llama, Mistral or Qwen3 model")
@@ -39,7 +42,14 @@ def add_parser(commands) -> None:
         "--cache", type=Path, default=fast_weights.DEFAULT_CACHE, metavar="DIR",
         help=f"where downloads are kept; default: {fast_weights.DEFAULT_CACHE}",
     )  # fmt: skip
-    fast_weights.add_arguments(parser.add_argument_group("fast weights"))
+    group = parser.add_argument_group("fast weights")
+    group.add_argument(
+        "--projections", metavar="FILE",
+        help="trained projections, with the settings they were trained with (`save_projections`); none: "
+        "untrained ones. Default: the shipped ones, where the default model reads and no option below "
+        "is given",
+    )  # fmt: skip
+    fast_weights.add_arguments(group)
     parser.add_argument("--device", default="cpu", help="cpu or cuda; default: cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the random gradient (and model)")
     parser.add_argument(
@@ -53,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     console_type = require("rich.console", "demo").Console
     require("matplotlib", "demo")
     console, log = console_type(), console_type(stderr=True)
+    projections = choose_projections(args)
     fast_weights.fill_defaults(args)
     check_sizes(args)
     device = check_device(args.device)
@@ -68,14 +79,46 @@ def run(args: argparse.Namespace) -> int:
     log.print("loading the model and the text", style="dim")
     subject = load_subject(args.model, args.cache, args.window, args.seed, warn)
     text = load_text(args.text, args.cache, warn)
-    config = fast_weights.make_config(args, subject.layers)
-    result = measure(args, subject, text, config, marks, where, log)
+    if subject.random and args.projections is None:
+        projections = None
+    adaptation = Adaptation(fast_weights.make_config(args, subject.layers), projections)
+    result = measure(args, subject, text, adaptation, marks, where, log)
     args.output.mkdir(parents=True, exist_ok=True)
     demo_report.write_json(args.output / "demo.json", result)
     demo_picture.draw(args.output / "demo.png", result)
     demo_report.print_result(result, console)
     console.print(f"Written to {args.output}: demo.json, demo.png", highlight=False)
     return 0 if result.scan.worst <= 1 else 1
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How the model gets fast weights: with `config`, or as the file `projections` says."""
+
+    config: ttt.TTTConfig
+    projections: Path | None
+
+    def apply(self, model: torch.nn.Module) -> tuple[PatchReport, dict[str, str] | None]:
+        """What was done, and the metadata of the projections, None where they are untrained."""
+        if self.projections is None:
+            return fast_weights.patch(model, self.config), None
+        try:
+            about = ttt.load_projections(model, self.projections)
+        except (ValueError, TypeError, RuntimeError, OSError) as error:
+            raise UserError(f"--projections {self.projections}: {error}") from error
+        return patch_report(model), about
+
+
+def choose_projections(args: argparse.Namespace) -> Path | None:
+    """A file, or None for untrained projections; from the options as they were given."""
+    given = fast_weights.given(args)
+    if args.projections is None:
+        return None if given or args.model else SHIPPED
+    if args.projections == "none":
+        return None
+    if given:
+        raise UserError(f"--projections brings its own settings: leave out {', '.join(given)}")
+    return Path(args.projections)
 
 
 def full_environment(device: torch.device) -> dict[str, object]:
@@ -94,7 +137,7 @@ def check_sizes(args: argparse.Namespace) -> None:
 
 
 def measure(
-    args, subject: Subject, text: Text, config: ttt.TTTConfig, marks: dict, where: dict, log
+    args, subject: Subject, text: Text, adaptation: Adaptation, marks: dict, where: dict, log
 ) -> DemoResult:
     """Off, patch, on, compare; with a progress bar."""
     progress_type = require("rich.progress", "demo").Progress
@@ -108,7 +151,8 @@ def measure(
             return lambda: progress.advance(task)
 
         off = read(model, windows, bar("fast weights off", len(windows)))
-        report = fast_weights.patch(model, config)
+        report, about = adaptation.apply(model)
+        config = report.config
         with Observer(model) as observer:
             on = read(model, windows, bar("fast weights on", len(windows)), observer.trace)
         middle = config.layers[len(config.layers) // 2]
@@ -129,6 +173,7 @@ def measure(
             "window": args.window,
         },
         config={**asdict(config), "seed": args.seed},
+        projections=about,
         environment=where,
         off=off, on=on, traces=observer.traces, scan=scan,
     )  # fmt: skip

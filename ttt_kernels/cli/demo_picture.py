@@ -31,10 +31,11 @@ def draw(path: Path, result: DemoResult) -> None:
 
 def heading(result: DemoResult) -> str:
     m, t, c = result.model, result.text, result.config
+    made = f"untrained ({c['proj_init']})" if result.projections is None else "trained"
     lines = [
         f"{m['name']} reading {t['name']}: {t['windows']} windows of {t['window']} tokens",
         f"fast weights in layers {', '.join(map(str, c['layers']))}; chunk {c['chunk_size']}, "
-        f"{c['inner_optimizer']}, lr {c['lr']:g}; projection untrained ({c['proj_init']})",
+        f"{c['inner_optimizer']}, lr {c['lr']:g}; projections {made}",
         machine(result.environment),
     ]
     return "\n".join([*result.marks, *lines])

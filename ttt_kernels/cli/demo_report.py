@@ -31,12 +31,14 @@ class Bucket:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """All that is reported. `marks`: what is not the real thing (model, text), and why."""
+    """All that is reported. `marks`: what is not the real thing (model, text), and why. `projections`:
+    how they were made; None where they are untrained."""
 
     marks: dict[str, str]
     model: dict[str, object]
     text: dict[str, object]
     config: dict[str, object]
+    projections: dict[str, str] | None
     environment: dict[str, object]
     off: Pass
     on: Pass
@@ -85,6 +87,7 @@ class DemoResult:
             "model": self.model,
             "text": self.text,
             "config": self.config,
+            "projections": self.projections,
             "loss": {
                 "total": asdict(self.total),
                 "by_position": [asdict(b) for b in self.buckets],
@@ -182,16 +185,22 @@ def conclusion(result: DemoResult) -> str:
         "extra memory.",
         f"Reading took {result.off.seconds:.1f} s with fast weights off and "
         f"{result.on.seconds:.1f} s with them on.",
-        verdict(total),
+        verdict(total, result.projections),
     ]
     return "\n".join(lines)
 
 
-def verdict(total: Bucket) -> str:
+def verdict(total: Bucket, projections: dict[str, str] | None) -> str:
     if total.change != total.change:
         return "Fast weights on: the loss is not a number; the writes are too large, see the drift."
     word = "higher (worse)" if total.change > 0 else "lower (better)"
     return (
         f"Fast weights on: the loss is {abs(total.change):.4f} nats per token {word}. Their "
-        "projection is at its initial value here; it takes training to make the writes useful."
+        f"projections are {describe(projections)}."
     )
+
+
+def describe(projections: dict[str, str] | None) -> str:
+    if projections is None:
+        return "untrained: it takes training to make the writes useful"
+    return f"trained on: {projections.get('trained on', 'a text that their file does not name')}"

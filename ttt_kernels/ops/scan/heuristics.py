@@ -206,5 +206,5 @@ def backward_tiles(
         tiles = blocks * ceil_div(d, tile.d) * ceil_div(f, tile.f)
         return tile.d * tile.f * ceil_div(tiles, processors) * slowness
 
-    small = [c for c in candidates if c[0].d * c[0].f <= _TWO_SUMS_LIMIT]
+    small = [c for c in candidates if c[0].d * c[0].f <= 128 * 128]
     return min(candidates, key=token_time)[0], min(small, key=state_time)[0]

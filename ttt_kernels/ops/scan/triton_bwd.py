@@ -156,7 +156,9 @@ def scan_bwd_token_kernel(
                 stop = tl.minimum(start + BLOCK_T, written)
                 for i_c in range(start // CHUNK, tl.cdiv(stop, CHUNK)):
                     p_part = dsteps + (i_chunk + i_c) * rows * columns + i_t * columns + i_n
-                    tl.store(p_part, tl.sum(tl.where(o_t // CHUNK == i_c, b_dstep, 0.0), axis=0))
+                    # As a column: Triton 3.7 cannot reduce a vector of sums of products for sm_100.
+                    b_part = tl.where(o_t // CHUNK == i_c, b_dstep, 0.0)[:, None]
+                    tl.store(p_part + tl.arange(0, 1), tl.sum(b_part, axis=0))
     elif start < tokens:
         r_f = o_n if EVEN_F else tl.minimum(o_n, F - 1)
         if start < reached:
