@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     console, log = console_type(), console_type(stderr=True)
     projections = choose_projections(args)
     fast_weights.fill_defaults(args)
-    check_sizes(args)
+    if projections is None:
+        check_window(args.window, args.chunk_size)
     device = check_device(args.device)
     where = full_environment(device)
     if warning := busy_warning(where):
@@ -126,13 +127,13 @@ def full_environment(device: torch.device) -> dict[str, object]:
     return {**environment(device), "ttt_kernels": ttt.__version__, "transformers": transformers}
 
 
-def check_sizes(args: argparse.Namespace) -> None:
-    if args.chunk_size > args.window:
+def check_window(window: int, chunk_size: int) -> None:
+    if chunk_size > window:
         raise UserError(
-            f"--chunk-size must be at most --window ({args.window}), got {args.chunk_size}: "
+            f"--chunk-size must be at most --window ({window}), got {chunk_size}: "
             "only a complete chunk is written"
         )
-    if args.window < 2:
+    if window < 2:
         raise UserError("--window must be at least 2: a loss needs a next token")
 
 
@@ -153,6 +154,7 @@ def measure(
         off = read(model, windows, bar("fast weights off", len(windows)))
         report, about = adaptation.apply(model)
         config = report.config
+        check_window(args.window, config.chunk_size)
         with Observer(model) as observer:
             on = read(model, windows, bar("fast weights on", len(windows)), observer.trace)
         middle = config.layers[len(config.layers) // 2]

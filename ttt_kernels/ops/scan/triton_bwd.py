@@ -3,8 +3,9 @@
 With G the gradient that reaches the state after block n, W the state it reads, and dY' = dY r (r = 1
 without row-norm preservation), a block takes these launches:
 
-    enter     W <- W - s V^T Z,   ||W||^2 = rowsum W^2,   dr = rowsum W * (dY^T Z)
-    norm      r, c = (dr r) / ||W||^2, dY'                       only with row-norm preservation
+    enter     W <- W - s V^T Z,   ||W||^2 = rowsum W^2
+    leave     dr = rowsum W * (dY^T Z)                           this and
+    norm      r, c = (dr r) / ||W||^2, dY'                       this with row-norm preservation only
     token     dZ = s V G + dY' W,   dV = s Z G^T,   ds = <V, Z G^T>
     leave     G <- G + dY'^T Z - diag(c) W
 
@@ -27,8 +28,12 @@ from torch import Tensor
 
 from ttt_kernels.ops._row_norm import square_norm
 from ttt_kernels.ops.scan.blocks import BlockTable, block_table
-from ttt_kernels.ops.scan.heuristics import backward_tiles, fused_super_chunk
-from ttt_kernels.ops.scan.triton_bwd_state import quarter, scan_bwd_enter_kernel, scan_bwd_leave_kernel
+from ttt_kernels.ops.scan.heuristics import Tiles, backward_tiles, fused_super_chunk
+from ttt_kernels.ops.scan.triton_bwd_state import (
+    quarter,
+    scan_bwd_enter_kernel,
+    scan_bwd_leave_kernel,
+)
 from ttt_kernels.ops.scan.triton_bwd_super import (
     SuperChunks,
     add_later_readers,
@@ -192,6 +197,7 @@ class Backward:
         self.token_tile, self.state_tile = backward_tiles(
             architecture(z.device), z.element_size(), rows, table.length, self.d, self.f
         )
+        self.precision = input_precision(z.dtype)
         k = self.state_tile.k
         self.even_blocks = dense and table.length % k == 0 and z.shape[1] % k == 0
         self.rounded = z.dtype != torch.float32
@@ -217,10 +223,6 @@ class Backward:
         return self.z.new_empty(shape, dtype=torch.float32)
 
     @property
-    def sizes(self) -> dict:
-        return dict(D=self.d, F=self.f, BLOCK=self.table.length, PRECISION=input_precision(self.z.dtype))
-
-    @property
     def chunks(self) -> dict:
         return dict(CHUNK=self.chunk, HAS_STEPS=self.has_steps, **self.steps)
 
@@ -229,19 +231,17 @@ class Backward:
         """Compile-time facts of the launches over tiles of the state."""
         t = self.state_tile
         return dict(
-            PRESERVE=self.preserve, SHADOW=self.rounded, EVEN_T=self.even_blocks,
-            EVEN_D=self.d % t.d == 0, EVEN_F=self.f % t.f == 0, BLOCK_D=t.d, BLOCK_F=t.f, BLOCK_K=t.k,
-            num_warps=t.warps, num_stages=t.stages, **self.sizes,
+            D=self.d, F=self.f, PRECISION=self.precision, EVEN_D=self.d % t.d == 0,
+            EVEN_F=self.f % t.f == 0, BLOCK_D=t.d, BLOCK_F=t.f, BLOCK_K=t.k, num_warps=t.warps,
+            num_stages=t.stages,
         )  # fmt: skip
 
-    @property
-    def token_cut(self) -> dict:
-        """The same of the launches over tiles of tokens."""
-        t = self.token_tile
+    def token_cut(self, t: Tiles) -> dict:
+        """The same of launches over tiles of tokens."""
         n = max(t.d, t.k)
         return dict(
-            EVEN_D=self.d % n == 0, EVEN_F=self.f % n == 0, BLOCK_T=t.t, BLOCK_K=t.k, num_warps=t.warps,
-            num_stages=t.stages, **self.sizes,
+            D=self.d, F=self.f, BLOCK=self.table.length, PRECISION=self.precision, EVEN_D=self.d % n == 0,
+            EVEN_F=self.f % n == 0, BLOCK_T=t.t, BLOCK_K=t.k, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
 
     def state_tiles(self, blocks: Tensor) -> tuple[int]:
@@ -251,22 +251,24 @@ class Backward:
         """W of the blocks n that are the `last` of their sequence, or of all the blocks before n."""
         blocks = self.table.of(n)
         launch(
-            scan_bwd_enter_kernel, self.state_tiles(blocks), z=self.z, v=self.v, dy=self.dy, base=base,
-            weight=self.weight, shadow=self.shadow, norms=self.norms, products=self.products,
-            blocks=blocks, base_stride=self.d * self.f if base.dim() == 3 else 0, LAST=last,
-            SUBTRACT=subtract, SUPER=self.super, EVEN_C=self.chunk % self.state_tile.k == 0,
-            **self.chunks, **self.state_cut,
+            scan_bwd_enter_kernel, self.state_tiles(blocks), z=self.z, v=self.v, base=base,
+            weight=self.weight, shadow=self.shadow, norms=self.norms, blocks=blocks,
+            BLOCK=self.table.length, base_stride=self.d * self.f if base.dim() == 3 else 0, LAST=last,
+            SUBTRACT=subtract, PRESERVE=self.preserve, SUPER=self.super, SHADOW=self.rounded,
+            EVEN_C=self.chunk % self.state_tile.k == 0, **self.chunks, **self.state_cut,
         )  # fmt: skip
 
-    def leave(self, n: int) -> None:
-        """G after block n becomes G before it."""
+    def leave(self, n: int, *, ratio: bool) -> None:
+        """G after block n becomes G before it; with `ratio`, the sums that have to come first."""
         blocks = self.table.of(n)
         local = self.super and self.preserve
         launch(
             scan_bwd_leave_kernel, self.state_tiles(blocks), z=self.z,
             dy=self.dy_block if local else self.dy, weight=self.weight, grad=self.grad,
-            grad_shadow=self.grad_shadow, ratio=self.ratio, pull=self.pull, blocks=blocks, LOCAL=local,
-            SCALE=self.preserve and not self.super, **self.state_cut,
+            grad_shadow=self.grad_shadow, products=self.products, ratio=self.ratio, pull=self.pull,
+            blocks=blocks, BLOCK=self.table.length, RATIO=ratio, LOCAL=local, PRESERVE=self.preserve,
+            SCALE=self.preserve and not self.super, SHADOW=self.rounded, EVEN_T=self.even_blocks,
+            **self.state_cut,
         )  # fmt: skip
 
     def norm(self, n: int) -> None:
@@ -293,7 +295,7 @@ class Backward:
             scores=part.scores if part else self.z, mixed=part.mixed if part else self.z,
             extra=part.raw if part else self.z, dsteps=self.dsteps, blocks=blocks,
             value_tiles=value_tiles, HAS_DSTATE=self.has_dstate, PRESERVE=self.preserve,
-            SUPER=self.super, BLOCK_N=t.d, **self.chunks, **self.token_cut,
+            SUPER=self.super, BLOCK_N=t.d, **self.chunks, **self.token_cut(t),
         )  # fmt: skip
 
     def run(self, return_state: bool) -> None:
@@ -309,9 +311,10 @@ class Backward:
             if self.super and self.preserve:
                 self.super_chunks.block(n)
             elif self.preserve:
+                self.leave(n, ratio=True)
                 self.norm(n)
             self.token(n)
-            self.leave(n)
+            self.leave(n, ratio=False)
             if n > 1:
                 self.enter(n, self.weight, last=False, subtract=True)
             elif n:

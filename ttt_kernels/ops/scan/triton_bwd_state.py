@@ -86,13 +86,16 @@ def scaled_outer_products(
 
 @triton.jit
 def scan_bwd_leave_kernel(
-    z, dy, weight, grad, grad_shadow, ratio, pull, blocks, D, F, BLOCK,
-    LOCAL: tl.constexpr, PRESERVE: tl.constexpr, SCALE: tl.constexpr, SHADOW: tl.constexpr,
-    EVEN_T: tl.constexpr, EVEN_D: tl.constexpr, EVEN_F: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+    z, dy, weight, grad, grad_shadow, products, ratio, pull, blocks, D, F, BLOCK,
+    RATIO: tl.constexpr, LOCAL: tl.constexpr, PRESERVE: tl.constexpr, SCALE: tl.constexpr,
+    SHADOW: tl.constexpr, EVEN_T: tl.constexpr, EVEN_D: tl.constexpr, EVEN_F: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """G += dY'^T Z - diag(c) W for one tile [d, f]. LOCAL: dy holds the launch's blocks, not all
-    tokens. SCALE: dy is dY, and r scales the product."""
+    """What dY^T Z of a block is for, on one tile [d, f]: G += dY'^T Z - diag(c) W or, with RATIO, row sums
+    of W * (dY^T Z), the gradient of r, which have to be complete before c is known.
+
+    LOCAL: dy holds the launch's blocks, not all tokens. SCALE: dy is dY, and r scales the product.
+    """
     columns = tl.cdiv(D, BLOCK_D)
     tiles = columns * tl.cdiv(F, BLOCK_F)
     i_row, i_tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -104,29 +107,37 @@ def scan_bwd_leave_kernel(
     )  # fmt: skip
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    if SCALE:
-        b *= tl.load(ratio + i_sequence * D + o_d, mask=m_d, other=0.0)[:, None]
-    if PRESERVE:
-        b_pull = tl.load(pull + i_sequence * D + o_d, mask=m_d, other=0.0)[:, None]
     i_state = (i_sequence * D + i_d * BLOCK_D) * F + i_f * BLOCK_F
-    for i in tl.static_range(4):
-        o_w, m_w = tile_quarter(i_d, i_f, i, D, F, BLOCK_D, BLOCK_F)
-        b_g = quarter(b, i, BLOCK_D, BLOCK_F)
+    if RATIO:
+        sums = tl.zeros([BLOCK_D], tl.float32)
+        for i in tl.static_range(4):
+            o_w, m_w = tile_quarter(i_d, i_f, i, D, F, BLOCK_D, BLOCK_F)
+            b_w = tl.load(weight + i_state + o_w, mask=m_w, other=0.0)
+            sums += tl.sum(b_w * quarter(b, i, BLOCK_D, BLOCK_F), axis=1)
+        tl.store(products + (i_sequence * tl.cdiv(F, BLOCK_F) + i_f) * D + o_d, sums, mask=m_d)
+    else:
+        if SCALE:
+            b *= tl.load(ratio + i_sequence * D + o_d, mask=m_d, other=0.0)[:, None]
         if PRESERVE:
-            b_g -= b_pull * tl.load(weight + i_state + o_w, mask=m_w, other=0.0)
-        b_g += tl.load(grad + i_state + o_w, mask=m_w, other=0.0)
-        tl.store(grad + i_state + o_w, b_g, mask=m_w)
-        if SHADOW:
-            tl.store(grad_shadow + i_state + o_w, b_g.to(grad_shadow.dtype.element_ty), mask=m_w)
+            b_pull = tl.load(pull + i_sequence * D + o_d, mask=m_d, other=0.0)[:, None]
+        for i in tl.static_range(4):
+            o_w, m_w = tile_quarter(i_d, i_f, i, D, F, BLOCK_D, BLOCK_F)
+            b_g = quarter(b, i, BLOCK_D, BLOCK_F)
+            if PRESERVE:
+                b_g -= b_pull * tl.load(weight + i_state + o_w, mask=m_w, other=0.0)
+            b_g += tl.load(grad + i_state + o_w, mask=m_w, other=0.0)
+            tl.store(grad + i_state + o_w, b_g, mask=m_w)
+            if SHADOW:
+                tl.store(grad_shadow + i_state + o_w, b_g.to(grad_shadow.dtype.element_ty), mask=m_w)
 
 
 @triton.jit
 def scan_bwd_enter_kernel(
-    z, v, dy, base, weight, shadow, norms, products, step_size, blocks, lr, D, F, CHUNK, BLOCK,
-    base_stride, LAST: tl.constexpr, SUBTRACT: tl.constexpr, HAS_STEPS: tl.constexpr,
-    PRESERVE: tl.constexpr, SUPER: tl.constexpr, SHADOW: tl.constexpr,
-    EVEN_T: tl.constexpr, EVEN_C: tl.constexpr, EVEN_D: tl.constexpr, EVEN_F: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+    z, v, base, weight, shadow, norms, step_size, blocks, lr, D, F, CHUNK, BLOCK, base_stride,
+    LAST: tl.constexpr, SUBTRACT: tl.constexpr, HAS_STEPS: tl.constexpr, PRESERVE: tl.constexpr,
+    SUPER: tl.constexpr, SHADOW: tl.constexpr, EVEN_C: tl.constexpr, EVEN_D: tl.constexpr,
+    EVEN_F: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile [d, f] of the state that a block reads: `base`, or `base` less the block's write.
 
@@ -136,16 +147,15 @@ def scan_bwd_enter_kernel(
     tiles = columns * tl.cdiv(F, BLOCK_F)
     i_row, i_tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     i_d, i_f = i_tile % columns, i_tile // columns
-    first, tokens, written, i_sequence, i_chunk, last = load_block(blocks, i_row)
+    first, _, written, i_sequence, i_chunk, last = load_block(blocks, i_row)
     if last == 1 or not LAST:
         if not LAST:  # every block but the last of a sequence is full
             first -= BLOCK
-            tokens, written = tokens * 0 + BLOCK, written * 0 + BLOCK
+            written = written * 0 + BLOCK
             i_chunk -= BLOCK // CHUNK
         i_corner = i_d.to(tl.int64) * BLOCK_D * F + i_f * BLOCK_F
         i_state = i_sequence * D * F + i_corner
         o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
-        o_part = (i_sequence * tl.cdiv(F, BLOCK_F) + i_f) * D + o_d
         if SUBTRACT:
             p_v, p_z = v + first * D, z + first * F
             if SUPER and HAS_STEPS:
@@ -171,16 +181,5 @@ def scan_bwd_enter_kernel(
             if SHADOW:
                 tl.store(shadow + i_state + o_w, b_w.to(shadow.dtype.element_ty), mask=m_w)
         if PRESERVE:
+            o_part = (i_sequence * tl.cdiv(F, BLOCK_F) + i_f) * D + o_d
             tl.store(norms + o_part, squares, mask=o_d < D)
-            if not SUPER:
-                b = outer_products(
-                    dy + first * D, z + first * F, tokens, i_d, i_f, D, F,
-                    EVEN_T, EVEN_D, EVEN_F, PRECISION, BLOCK_D, BLOCK_F, BLOCK_K,
-                )  # fmt: skip
-                tl.debug_barrier()  # other threads of this program have stored W
-                sums = tl.zeros([BLOCK_D], tl.float32)
-                for i in tl.static_range(4):
-                    o_w, m_w = tile_quarter(i_d, i_f, i, D, F, BLOCK_D, BLOCK_F)
-                    b_w = tl.load(weight + i_state + o_w, mask=m_w, other=0.0)
-                    sums += tl.sum(b_w * quarter(b, i, BLOCK_D, BLOCK_F), axis=1)
-                tl.store(products + o_part, sums, mask=o_d < D)

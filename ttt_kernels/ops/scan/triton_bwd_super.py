@@ -290,7 +290,7 @@ class SuperChunks:
             (ceil_div(run.table.length, run.token_tile.t) ** 2 * len(blocks),),
             z=run.z, v=run.v, dy=run.dy_block, pulled=self.pulled, scores=self.scores,
             mixed=self.mixed, blocks=blocks, MAKE_P=make_p, MAKE_M=make_m, PRESERVE=run.preserve,
-            **run.chunks, **run.token_cut,
+            **run.chunks, **run.token_cut(run.token_tile),
         )  # fmt: skip
 
     def prepare(self) -> None:
@@ -299,20 +299,20 @@ class SuperChunks:
 
     def block(self, n: int) -> None:
         """With preservation: dY'', M, extra (in `raw`) and the gradients of the norms of block n."""
-        run, t = self.run, self.run.token_tile
+        run, t = self.run, self.run.state_tile  # half as wide as tiles of tokens: dV has few columns
         blocks, length, width = run.table.of(n), run.table.length, min(t.d, 64)
         columns = ceil_div(run.d, t.d)
         launch(
             scan_bwd_read_kernel, (ceil_div(length, t.t) * columns * len(blocks),), z=run.z, v=run.v,
             shadow=run.shadow, raw=self.raw, scores=self.scores, blocks=blocks, BLOCK_D=t.d,
-            **run.chunks, **run.token_cut,
+            **run.chunks, **run.token_cut(t),
         )  # fmt: skip
         launch(
             scan_bwd_rescale_kernel, (ceil_div(run.d, width) * len(blocks),), raw=self.raw, dy=run.dy,
             v=run.v, dy_block=run.dy_block, pulled=self.pulled, norms=run.norms,
             w0_norms=run.w0_norms, ratios=self.ratios, pulls=self.pulls, pull=run.pull,
             norm_grad=run.norm_grad, scores=self.scores, blocks=blocks, D=run.d, BLOCK=length,
-            parts=run.parts, PRECISION=run.sizes["PRECISION"], BLOCK_T=min(t.t, 64), BLOCK_D=width,
+            parts=run.parts, PRECISION=run.precision, BLOCK_T=min(t.t, 64), BLOCK_D=width,
             num_warps=8, num_stages=2, **run.chunks,
         )  # fmt: skip
         self.make_scores(blocks, make_p=False, make_m=True)
