@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import ttt_kernels as ttt
+from ttt_kernels._config import chosen_implementation
 from ttt_kernels.types import compute_dtype
 
 RAW = torch.ops.ttt_kernels
@@ -126,6 +127,24 @@ def test_opcheck_dispatch(samples):
             torch.library.opcheck(getattr(RAW, name).default, arguments)
 
 
+@pytest.mark.parametrize("samples", [scan_samples, other_samples])
+def test_opcheck_triton(samples):
+    """The same of the fused kernels: the first and last sample of each op."""
+    chosen = {}
+    for name, arguments in samples(torch.float32):
+        chosen.setdefault(name, [arguments, arguments])[1] = arguments
+    for name, both in chosen.items():
+        for arguments in both:
+            arguments = (*(on_device(a) for a in arguments[:-1]), "triton")
+            utils = ["test_schema", "test_faketensor"]
+            torch.library.opcheck(getattr(RAW, name).default, arguments, test_utils=utils)
+
+
+def on_device(x):
+    gpu = isinstance(x, torch.Tensor) and torch.cuda.is_available()
+    return x.cuda() if gpu else x
+
+
 def test_every_raw_op_is_checked():
     names = {n.partition("::")[2].partition(".")[0] for n in torch._C._dispatch_get_all_op_names()
              if n.startswith("ttt_kernels::")}  # fmt: skip
@@ -210,6 +229,17 @@ def test_composition_compiles(cu):
     call = loop_call(2, 11, cu)
     compiled = torch.compile(inner_loop, fullgraph=True, backend="aot_eager")
     assert_same(results(Call(compiled, call.tensors, call.options)), results(call))
+
+
+def test_composition_compiles_on_triton():
+    """The choice is made inside the ops, where the compiler does not look."""
+    call = loop_call(2, 11, dtype=torch.float32)
+    call.tensors = {k: on_device(t) for k, t in call.tensors.items()}
+    compiled = torch.compile(inner_loop, fullgraph=True, backend="aot_eager")
+    with chosen_implementation("triton"):
+        got = results(Call(compiled, call.tensors, call.options))
+        assert_same(got, results(call))
+    assert_close(got, results(call), 2e-5)
 
 
 def test_composition_compiles_with_inductor():
