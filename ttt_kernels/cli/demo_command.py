@@ -14,14 +14,13 @@ from ttt_kernels.cli.arguments import positive_int
 from ttt_kernels.cli.bench_command import check_device
 from ttt_kernels.cli.demo_model import Subject, Text, cut_windows, load_subject, load_text
 from ttt_kernels.cli.demo_report import DemoResult
-from ttt_kernels.cli.demo_run import Observer, compare_scan, read
+from ttt_kernels.cli.demo_run import COMPARED, Observer, compare_scan, read
 from ttt_kernels.cli.errors import UserError, require
 from ttt_kernels.cli.measure import busy_warning, environment
 from ttt_kernels.patch.model import PatchReport, patch_report
 
 SHIPPED = Path(__file__).parent / "projections" / "smollm2-135m-instruct.safetensors"
 TIMED_ROUNDS = 5
-IMPLEMENTATIONS = 2  # reference and eager, for the length of the progress bar
 
 
 def add_parser(commands) -> None:
@@ -158,7 +157,7 @@ def measure(
         with Observer(model) as observer:
             on = read(model, windows, bar("fast weights on", len(windows)), observer.trace)
         middle = config.layers[len(config.layers) // 2]
-        steps = IMPLEMENTATIONS * (1 + 2 * TIMED_ROUNDS)
+        steps = len(COMPARED) * (1 + 2 * TIMED_ROUNDS)
         tick = bar("eager against reference", steps)
         scan = compare_scan(observer.captured[middle], TIMED_ROUNDS, args.seed, tick)
     log.print(str(report), style="dim", highlight=False)

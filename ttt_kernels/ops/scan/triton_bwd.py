@@ -226,14 +226,15 @@ class Backward:
     def chunks(self) -> dict:
         return dict(CHUNK=self.chunk, HAS_STEPS=self.has_steps, **self.steps)
 
-    @property
-    def state_cut(self) -> dict:
+    def state_cut(self, *, two_sums: bool = False) -> dict:
         """Compile-time facts of the launches over tiles of the state."""
         t = self.state_tile
+        options = t.launch
+        if two_sums:
+            options.pop("maxnreg", None)  # the second accumulator needs the registers of a second program
         return dict(
             D=self.d, F=self.f, PRECISION=self.precision, EVEN_D=self.d % t.d == 0,
-            EVEN_F=self.f % t.f == 0, BLOCK_D=t.d, BLOCK_F=t.f, BLOCK_K=t.k, num_warps=t.warps,
-            num_stages=t.stages,
+            EVEN_F=self.f % t.f == 0, BLOCK_D=t.d, BLOCK_F=t.f, BLOCK_K=t.k, **options,
         )  # fmt: skip
 
     def token_cut(self, t: Tiles) -> dict:
@@ -255,7 +256,8 @@ class Backward:
             weight=self.weight, shadow=self.shadow, norms=self.norms, blocks=blocks,
             BLOCK=self.table.length, base_stride=self.d * self.f if base.dim() == 3 else 0, LAST=last,
             SUBTRACT=subtract, PRESERVE=self.preserve, SUPER=self.super, SHADOW=self.rounded,
-            EVEN_C=self.chunk % self.state_tile.k == 0, **self.chunks, **self.state_cut,
+            EVEN_C=self.chunk % self.state_tile.k == 0, **self.chunks,
+            **self.state_cut(two_sums=self.super and self.has_steps),
         )  # fmt: skip
 
     def leave(self, n: int, *, ratio: bool) -> None:
@@ -268,7 +270,7 @@ class Backward:
             grad_shadow=self.grad_shadow, products=self.products, ratio=self.ratio, pull=self.pull,
             blocks=blocks, BLOCK=self.table.length, RATIO=ratio, LOCAL=local, PRESERVE=self.preserve,
             SCALE=self.preserve and not self.super, SHADOW=self.rounded, EVEN_T=self.even_blocks,
-            **self.state_cut,
+            **self.state_cut(),
         )  # fmt: skip
 
     def norm(self, n: int) -> None:

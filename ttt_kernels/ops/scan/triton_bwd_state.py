@@ -158,24 +158,27 @@ def scan_bwd_enter_kernel(
         o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
         if SUBTRACT:
             p_v, p_z = v + first * D, z + first * F
+            step = lr
             if SUPER and HAS_STEPS:
+                step = 1.0
                 b = scaled_outer_products(
                     p_v, p_z, step_size + i_chunk, written, CHUNK, i_d, i_f, D, F,
                     EVEN_C, EVEN_D, EVEN_F, PRECISION, BLOCK_D, BLOCK_F, BLOCK_K,
                 )  # fmt: skip
             else:
+                if HAS_STEPS:
+                    step = tl.load(step_size + i_chunk, mask=written > 0, other=0.0)
                 b = outer_products(
                     p_v, p_z, written, i_d, i_f, D, F,
                     EVEN_C, EVEN_D, EVEN_F, PRECISION, BLOCK_D, BLOCK_F, BLOCK_K,
                 )  # fmt: skip
-                b *= tl.load(step_size + i_chunk, mask=written > 0, other=0.0) if HAS_STEPS else lr
         squares = tl.zeros([BLOCK_D], tl.float32)
         for i in tl.static_range(4):
             o_w, m_w = tile_quarter(i_d, i_f, i, D, F, BLOCK_D, BLOCK_F)
             p_base = base + i_sequence * base_stride + i_corner
             b_w = tl.load(p_base + o_w, mask=m_w, other=0.0).to(tl.float32)
             if SUBTRACT:
-                b_w -= tl.where(m_w, quarter(b, i, BLOCK_D, BLOCK_F), 0.0)
+                b_w -= tl.where(m_w, step * quarter(b, i, BLOCK_D, BLOCK_F), 0.0)
             squares += tl.sum(b_w * b_w, axis=1)
             tl.store(weight + i_state + o_w, b_w, mask=m_w)
             if SHADOW:
