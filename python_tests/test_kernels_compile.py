@@ -38,7 +38,7 @@ CASES = [
     replace(SMALL, operation="next-token target bwd"),
     replace(SMALL, operation="conv target bwd"),
     replace(LARGE, operation="decode apply", tokens=1),
-    replace(LARGE, operation="decode apply", tokens=48, batch=2),
+    replace(SMALL, operation="decode apply", tokens=48, batch=2),
     replace(SMALL, operation="decode apply bwd", tokens=48, batch=2, preserve_row_norm=True),
     replace(SMALL, operation="decode apply bwd", tokens=1),
     replace(LARGE, operation="decode update", tokens=1),

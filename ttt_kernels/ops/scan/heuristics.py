@@ -193,6 +193,8 @@ def backward_tiles(
     architecture = known_architecture(architecture)
     candidates = _FLOAT32 if itemsize == 4 else _WIDE.get(architecture, ())
     candidates = candidates if architecture else _INTERPRETER
+    if d % 16 or f % 16:  # loads of single numbers pass through registers
+        candidates = candidates[-1:]
     processors = PROCESSORS[architecture]
 
     def token_time(candidate: tuple[Tiles, float]) -> float:
