@@ -30,13 +30,14 @@ from torch import Tensor, nn
 import ttt_kernels as ttt
 from ttt_kernels.cli import demo_data
 from ttt_kernels.cli.demo_model import load_text
+from ttt_kernels.cli.demo_run import Captured, Observer
 from ttt_kernels.patch.checkpoint import load_projections, save_projections
 
 LENGTH, CHUNK, LAYERS = 2048, 128, (10, 15, 20, 25)
 FIRST = LAYERS[0]
 POOL, WARMUP = 96, 4
 COUNTS = {"validation": 8, "test": 16, "shakespeare": 8, "manual": 8}
-NEEDLES, DEPTHS = 6, (0.1, 0.35, 0.6, 0.85)
+NEEDLES, DEPTHS = 4, (0.1, 0.35, 0.6, 0.85)
 BF16 = True
 
 
@@ -95,7 +96,7 @@ PLAN = [
     *(f"evaluate:{run}:test" for run in MAIN + SIDE),
     *(f"control:{run}:test:{kind}" for run in (*MAIN, "on-static-0") for kind in ("other", "shuffled")),
     *(f"evaluate:{run}:{texts}" for run in MAIN for texts in ("shakespeare", "manual")),
-    f"export:{MAIN[0]}", "closed-form:0.1", "closed-form:0.5", "recall",
+    f"writes:{MAIN[0]}", f"export:{MAIN[0]}", "closed-form:0.1", "closed-form:0.5", "recall",
 ]  # fmt: skip
 
 
@@ -255,6 +256,32 @@ class Study:
             rows = [pair_loss(model, text, donor) for text, donor in zip(own, donors, strict=True)]
         write(file, torch.stack(rows))
 
+    def writes(self, name: str) -> None:
+        """Of every layer: how close to rank one a chunk's write is, and how alike those of three texts."""
+        file = self.work / "losses" / f"{name}.writes.json"
+        if file.exists():
+            return
+        model, _ = self.trained(name)
+        ratios: dict[int, list[float]] = {i: [] for i in LAYERS}
+        sums: dict[int, list[Tensor]] = {i: [] for i in LAYERS}
+        for _, text in zip(range(3), captured(self.work, "test"), strict=False):
+            with Observer(model) as observer:
+                models.tail_loss(model, text["hidden"], text["ids"], BF16)
+            for i, seen in observer.captured.items():
+                written = chunk_writes(seen)
+                norms = [torch.linalg.matrix_norm(w, k) for w in written[::4] for k in (2, "fro")]
+                ratios[i + FIRST] += [float(a / b) for a, b in zip(norms[::2], norms[1::2], strict=True)]
+                sums[i + FIRST].append(sum(written).flatten())
+        cosine = nn.functional.cosine_similarity
+        found = {
+            i: {
+                "spectral over Frobenius norm": sum(ratios[i]) / len(ratios[i]),
+                "cosine between texts": float(sum(cosine(s[k], s[k - 1], dim=0) for k in range(3)) / 3),
+            }
+            for i, s in sums.items()
+        }
+        file.write_text(json.dumps(found))
+
     # --- with the whole model and the exported projections
     @property
     def projections(self) -> Path:
@@ -291,6 +318,13 @@ class Study:
                 ids, count = needle(text["ids"].tolist(), self.subject.encode, LENGTH, depth, seed)
                 found[depth].append([answer_loss(self.patched, ids, count, on) for on in (False, True)])
         file.write_text(json.dumps(found))
+
+
+def chunk_writes(seen: Captured) -> list[Tensor]:
+    """s_n sum_t v_t z_t^T [D, F] of every chunk n."""
+    chunk, sizes = seen.rule.chunk_size, seen.step_sizes()[0]
+    pairs = zip(seen.z[0].float().split(chunk), seen.v[0].float().split(chunk), sizes, strict=True)
+    return [s * v.T @ z for z, v, s in pairs]
 
 
 def learn(model: nn.Module, window: dict, tokens: int) -> list[float]:

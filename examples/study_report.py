@@ -118,6 +118,10 @@ def print_all(losses: Losses) -> None:
             print(f"{texts}: {cell(interval(change.mean(1)))}, last quarter "
                   f"{cell(interval(change[:, 3 * LENGTH // 4 :].mean(1)))}")  # fmt: skip
     print("\n" + table(["tokens 1024 on", "on - off"], closed_form(losses)))
+    for file in sorted((losses.work / "losses").glob("*.writes.json")):
+        print(f"\n{file.name}")
+        for layer, values in json.loads(file.read_text()).items():
+            print(f"  layer {layer}: " + ", ".join(f"{k} {v:.3f}" for k, v in values.items()))
     recall = losses.work / "losses" / "recall.json"
     if recall.exists():
         values = {float(d): np.array(v) for d, v in json.loads(recall.read_text()).items()}

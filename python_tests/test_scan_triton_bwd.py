@@ -136,13 +136,15 @@ def test_low_precision(dtype, preserve, block_length):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
 @pytest.mark.parametrize("preserve", [False, True])
-def test_within_the_error_budget(dtype, preserve, block_length):
+@pytest.mark.parametrize("steps", ["number", "tensor"])
+def test_within_the_error_budget(dtype, preserve, steps, block_length):
     data = testing.make_inputs(1, 50, 30, 40, dtype=dtype, device=DEVICE)
+    step_size = 0.3 if steps == "number" else torch.tensor([[0.3, 0.2, 0.4]], device=DEVICE)
     report = testing.check_scan(
         lambda *tensors, **options: ttt.fast_weight_scan(*tensors, impl="triton", **options),
         data,
         chunk_size=20,
-        step_size=0.3,
+        step_size=step_size,
         preserve_row_norm=preserve,
     )
     assert report.within_budget, report

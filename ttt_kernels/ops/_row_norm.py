@@ -8,10 +8,10 @@ from torch import Tensor
 from ttt_kernels.types import NORM_FLOOR
 
 
-def square_norm(weight: Tensor) -> Tensor:
-    """Square row norms [..., D] of weights [..., D, F]. Always this function, so that W = w0 gives a
-    ratio of exactly one."""
-    return torch.linalg.vector_norm(weight, dim=-1).square_()
+def square_norm(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Square row norms [..., D] of weights [..., D, F], computed in `dtype` (None: their own). Always
+    this function, so that W = w0 gives a ratio of exactly one."""
+    return torch.linalg.vector_norm(weight, dim=-1, dtype=dtype).square_()
 
 
 def row_scale(preserve: Tensor, norm: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The scan's precision contract emulated in plain torch, and the exact result beside it.
 
 Contract: operands in z.dtype, products and state in float32, the applied weight is the state rounded
-to z.dtype, y rounded once. Gradients follow from it with rounding transparent, each rounded once.
+to z.dtype, y rounded once. Gradients follow from it with rounding transparent, each rounded once; where
+the gradient of the raw output (dy r) or of the state is an operand of a product, it is in z.dtype too.
 """
 
 from __future__ import annotations
@@ -29,6 +30,19 @@ class RoundTo(torch.autograd.Function):
         return grad, None
 
 
+class RoundGrad(torch.autograd.Function):
+    """Nothing forward; the gradient is rounded to a dtype and back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.to(ctx.dtype).to(grad.dtype), None
+
+
 def emulate(z, v, w0, step_size, chunk_size, preserve_row_norm, dtype) -> tuple[Tensor, Tensor]:
     """y and state of operands already in float32 whose stored dtype is `dtype`."""
     weight = w0.expand(z.shape[0], *w0.shape)
@@ -36,14 +50,14 @@ def emulate(z, v, w0, step_size, chunk_size, preserve_row_norm, dtype) -> tuple[
     outputs = [z.new_zeros(z.shape[0], 0, w0.shape[0])]
     for n, a in enumerate(range(0, z.shape[1], chunk_size)):
         keys, values = z[:, a : a + chunk_size], v[:, a : a + chunk_size]
-        y = keys @ RoundTo.apply(weight, dtype).mT
+        y = RoundGrad.apply(keys @ RoundTo.apply(weight, dtype).mT, dtype)
         if preserve_row_norm:
             norm = torch.linalg.vector_norm(weight, dim=-1).clamp_min(NORM_FLOOR)
             y = y * (target / norm)[:, None]
         outputs.append(y)
         if keys.shape[1] == chunk_size:
             step = step_size[:, n, None, None] if isinstance(step_size, Tensor) else step_size
-            weight = weight + step * (values.mT @ keys)
+            weight = weight + RoundGrad.apply(step * (values.mT @ keys), dtype)
     return torch.cat(outputs, 1), weight
 
 

@@ -42,7 +42,7 @@ from ttt_kernels.ops.scan.triton_bwd_super import (
 )
 from ttt_kernels.ops.scan.triton_fwd import FLOOR, load_block, sum_partials
 from ttt_kernels.ops.triton_launch import architecture, input_precision, launch
-from ttt_kernels.types import ceil_div
+from ttt_kernels.types import ceil_div, tiles
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def scan_bwd_token_kernel(
 ):  # fmt: skip
     """Programs [0, value_tiles) make tiles [t, d] of dV, the others [t, f] of dZ.
 
-    With preservation `dy` (dY', dY'') and `mixed` hold the blocks of this launch, else all tokens.
+    With preservation `dy` (dY', dY'') holds the blocks of this launch, else all tokens.
     """
     is_value = tl.program_id(0) < value_tiles
     i_tile = tl.program_id(0) - tl.where(is_value, 0, value_tiles)
@@ -128,7 +128,8 @@ def scan_bwd_token_kernel(
     m_t = o_t < written
     r_t = tl.minimum(tl.arange(0, BLOCK_T), tokens - 1 - start)  # rows past the end repeat the last one
     i_first = first + start
-    i_block = i_row.to(tl.int64) * BLOCK if PRESERVE else first  # the block's place in dy and mixed
+    i_block = i_row.to(tl.int64) * BLOCK if PRESERVE else first  # the block's place in dy
+    i_pair = i_row.to(tl.int64) * BLOCK * BLOCK
     i_state = i_sequence * D * F
     b = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -141,7 +142,7 @@ def scan_bwd_token_kernel(
                 b = add_row_products(z + i_first * F, p_g, r_t, r_n, F, b, EVEN_F, PRECISION, BLOCK_K)
             if SUPER:
                 b = add_later_readers(
-                    dy + i_block * D, scores + first * BLOCK, start, o_t, r_d, tokens, b,
+                    dy + i_block * D, scores + i_pair, start, o_t, r_d, tokens, b,
                     D, CHUNK, BLOCK, PRECISION, BLOCK_K,
                 )  # fmt: skip
             b_step = token_steps(step_size + i_chunk, lr, o_t, m_t, CHUNK, HAS_STEPS)[:, None]
@@ -175,7 +176,7 @@ def scan_bwd_token_kernel(
         b = add_times_weight(p_dy, shadow + i_state, r_t, r_f, D, F, b, EVEN_D, PRECISION, BLOCK_K)
         if SUPER:
             b = add_mixed(
-                z + first * F, mixed + i_block * BLOCK, start, o_t, r_f, tokens, written, b,
+                z + first * F, mixed + i_pair, start, o_t, r_f, tokens, written, b,
                 F, BLOCK, PRECISION, BLOCK_T, BLOCK_K,
             )  # fmt: skip
         p_z = dz + i_first * F + (tl.arange(0, BLOCK_T)[:, None] * F + o_n[None, :])
@@ -212,7 +213,7 @@ class Backward:
         self.norms, self.products = (self.float32(sequences, self.parts, self.d) for _ in range(2))
         self.ratio, self.pull = (self.float32(sequences, self.d) for _ in range(2))
         self.norm_grad = torch.zeros_like(self.ratio)
-        self.w0_norms = square_norm(w0.float()) if preserve else self.ratio
+        self.w0_norms = square_norm(w0, torch.float32) if preserve else self.ratio
         self.dy_block = z.new_empty(tokens, self.d) if preserve else dy
         t = self.token_tile
         parts = ceil_div(table.length, t.t) * ceil_div(self.d, t.d)
@@ -302,9 +303,9 @@ class Backward:
 
     def run(self, return_state: bool) -> None:
         table, total = self.table, len(self.table.launches)
-        if self.super:
-            self.super_chunks.prepare()
         for n in reversed(table.launches):
+            if self.super:
+                self.super_chunks.prepare(n)
             if n + 1 == total or len(table.of(n)) > len(table.of(n + 1)):  # some sequences end here
                 if n:
                     self.enter(n, self.carried, last=True, subtract=return_state)
@@ -324,12 +325,17 @@ class Backward:
 
     def dw0(self, w0: Tensor, state: Tensor | None) -> Tensor:
         """dw0 = the sum of G_0 over sequences that start from it + diag(sum dr / ||W|| / ||w0||) w0."""
-        dw0 = self.grad.sum(0) if state is None else torch.zeros_like(w0, dtype=torch.float32)
+        self.weight = self.shadow = self.grad_shadow = self.super_chunks = None  # their memory is needed
+        if state is not None:
+            dw0 = torch.zeros_like(w0, dtype=torch.float32)
+        else:
+            dw0 = self.grad[0] if len(self.grad) == 1 else self.grad.sum(0)
         if self.preserve:
             # A row of zeros has no direction.
             squares = self.w0_norms
             pull = torch.where(squares > 0, self.norm_grad.sum(0) / torch.where(squares > 0, squares, 1), 0)
-            dw0.addcmul_(w0.float(), pull[:, None])
+            for rows in tiles(len(w0), 256):
+                dw0[rows].addcmul_(w0[rows].float(), pull[rows, None])
         return dw0.to(w0.dtype)
 
 

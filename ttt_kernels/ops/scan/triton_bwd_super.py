@@ -132,7 +132,7 @@ def scan_bwd_read_kernel(
             tl.zeros([BLOCK_T, BLOCK_D], tl.float32), EVEN_F, PRECISION, BLOCK_K,
         )  # fmt: skip
         b = add_earlier_writes(
-            v + first * D, scores + first * BLOCK, step_size + i_chunk, lr, start, o_t, r_d, tokens,
+            v + first * D, scores + i_row.to(tl.int64) * BLOCK * BLOCK, step_size + i_chunk, lr, start, o_t, r_d, tokens,
             written, b, D, CHUNK, BLOCK, HAS_STEPS, PRECISION, BLOCK_T, BLOCK_K,
         )  # fmt: skip
         p_raw = raw + i_row.to(tl.int64) * BLOCK * D + (o_t[:, None] * D + o_d[None, :])
@@ -148,7 +148,7 @@ def scan_bwd_scores_kernel(
 ):  # fmt: skip
     """P and M for one tile [t, u]. Readers mask the relation they want: other entries may be anything.
 
-    With preservation `dy` (dY''), `pulled` (-cbar s v) and `mixed` hold the blocks of this launch only.
+    With preservation `dy` (dY'') and `pulled` (-cbar s v) hold the blocks of this launch only.
     """
     rows = tl.cdiv(BLOCK, BLOCK_T)
     i_t, i_u = tl.program_id(0) % rows, tl.program_id(0) // rows % rows
@@ -161,13 +161,14 @@ def scan_bwd_scores_kernel(
         o_t, o_u = i_t * BLOCK_T + tl.arange(0, BLOCK_T), i_u * BLOCK_T + tl.arange(0, BLOCK_T)
         r_t, r_u = tl.minimum(o_t, tokens - 1), tl.minimum(o_u, tokens - 1)
         i_block = i_row.to(tl.int64) * BLOCK if PRESERVE else first
+        i_pair = i_row.to(tl.int64) * BLOCK * BLOCK
         o_tile = o_t[:, None] * BLOCK + o_u[None, :]
         m_tile = (o_t < tokens)[:, None] & (o_u < BLOCK)[None, :]
         zero = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
         if MAKE_P:
             p_z = z + first * F
             b = add_row_products(p_z, p_z, r_t, r_u, F, zero, EVEN_F, PRECISION, BLOCK_K)
-            tl.store(scores + first * BLOCK + o_tile, b.to(scores.dtype.element_ty), mask=m_tile)
+            tl.store(scores + i_pair + o_tile, b.to(scores.dtype.element_ty), mask=m_tile)
         if MAKE_M:
             p_v, p_dy, p_pulled = v + first * D, dy + i_block * D, pulled + i_block * D
             c_t, c_u = (o_t // CHUNK)[:, None], (o_u // CHUNK)[None, :]
@@ -182,7 +183,7 @@ def scan_bwd_scores_kernel(
             if HAS_STEPS:
                 b_step = tl.load(step_size + i_chunk + o_u // CHUNK, mask=o_u < written, other=0.0)
             b = (b * b_step[None, :]).to(mixed.dtype.element_ty)
-            tl.store(mixed + i_block * BLOCK + o_tile, b, mask=m_tile)
+            tl.store(mixed + i_pair + o_tile, b, mask=m_tile)
 
 
 @triton.jit
@@ -223,7 +224,7 @@ def scan_bwd_rescale_kernel(
                 for i_u in range(i_c, stop, BLOCK_T):
                     o_u = i_u + tl.arange(0, BLOCK_T)
                     m_u = o_u < stop
-                    p_p = scores + (first + o_t)[:, None] * BLOCK + o_u[None, :]
+                    p_p = scores + (i_local + o_t)[:, None] * BLOCK + o_u[None, :]
                     b_p = tl.load(p_p, mask=(o_t < stop)[:, None] & (o_u < BLOCK)[None, :], other=0.0)
                     b_p = tl.where(m_u[None, :], b_p, 0.0)
                     p_v = v + (first + o_u)[:, None] * D + o_d[None, :]
@@ -274,28 +275,42 @@ class SuperChunks:
 
     def __init__(self, run) -> None:
         self.run = run
-        length, tokens = run.table.length, run.z.shape[0] * run.z.shape[1]
+        length = run.table.length
         local = len(run.dy_block) if run.preserve else 0  # tokens of one launch
-        self.scores = run.z.new_empty(tokens, length)
-        self.mixed = run.z.new_empty(local if run.preserve else tokens, length)
         self.raw = run.float32(local, run.d)
         self.pulled = run.z.new_empty(local, run.d)
         chunks = local // length * ceil_div(length, run.chunk)
         self.ratios, self.pulls = (run.float32(chunks, run.d) for _ in range(2))
+        self.group = range(0)  # launches whose P (without preservation also M) are at hand
+        self.group_scores = self.group_mixed = run.z.new_empty(0, length, length)
 
-    def make_scores(self, blocks: Tensor, *, make_p: bool, make_m: bool) -> None:
+    def make_scores(self, blocks: Tensor, scores: Tensor, mixed: Tensor, *, make_p, make_m) -> None:
         run = self.run
         launch(
             scan_bwd_scores_kernel,
             (ceil_div(run.table.length, run.token_tile.t) ** 2 * len(blocks),),
-            z=run.z, v=run.v, dy=run.dy_block, pulled=self.pulled, scores=self.scores,
-            mixed=self.mixed, blocks=blocks, MAKE_P=make_p, MAKE_M=make_m, PRESERVE=run.preserve,
-            **run.chunks, **run.token_cut(run.token_tile),
+            z=run.z, v=run.v, dy=run.dy_block, pulled=self.pulled, scores=scores, mixed=mixed,
+            blocks=blocks, MAKE_P=make_p, MAKE_M=make_m, PRESERVE=run.preserve, **run.chunks,
+            **run.token_cut(run.token_tile),
         )  # fmt: skip
 
-    def prepare(self) -> None:
-        """What does not depend on the state, for all blocks."""
-        self.make_scores(self.run.table.rows, make_p=True, make_m=not self.run.preserve)
+    def prepare(self, n: int) -> None:
+        """`scores` and `mixed` of launch n, [blocks, block, block]. What does not depend on the state is
+        made for as many launches at a time as take a quarter of a float32 weight."""
+        run, length, offsets = self.run, self.run.table.length, self.run.table.offsets
+        if n not in self.group:
+            self.group_scores = self.group_mixed = None  # before their successors are allocated
+            limit = max(len(run.table.of(n)), run.d * run.f // (2 * length**2))
+            start = min(m for m in range(n + 1) if m == n or offsets[n + 1] - offsets[m] <= limit)
+            blocks, self.group = run.table.rows[offsets[start] : offsets[n + 1]], range(start, n + 1)
+            self.group_scores = run.z.new_empty(len(blocks), length, length)
+            widest = len(run.table.of(0)) if run.preserve else len(blocks)
+            self.group_mixed = run.z.new_empty(widest, length, length)
+            both = (self.group_scores, self.group_mixed)
+            self.make_scores(blocks, *both, make_p=True, make_m=not run.preserve)
+        place = offsets[n] - offsets[self.group.start]
+        self.scores = self.group_scores[place:]
+        self.mixed = self.group_mixed if run.preserve else self.group_mixed[place:]
 
     def block(self, n: int) -> None:
         """With preservation: dY'', M, extra (in `raw`) and the gradients of the norms of block n."""
@@ -315,4 +330,4 @@ class SuperChunks:
             parts=run.parts, PRECISION=run.precision, BLOCK_T=min(t.t, 64), BLOCK_D=width,
             num_warps=8, num_stages=2, **run.chunks,
         )  # fmt: skip
-        self.make_scores(blocks, make_p=False, make_m=True)
+        self.make_scores(blocks, self.scores, self.mixed, make_p=False, make_m=True)
