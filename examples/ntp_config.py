@@ -39,11 +39,13 @@ class ModelSettings:
 class DataSettings:
     """train, validation: file patterns (relative to the working directory); a .txt file is one
     document, a line of a .jsonl file is one, in its field "text". block_size: tokens of a row.
-    append_eos: end every document with the tokenizer's end-of-sequence token."""
+    prepend_bos: begin every document with the tokenizer's begin-of-sequence token, which Llama 3 and
+    Mistral expect. append_eos: end every document with the tokenizer's end-of-sequence token."""
 
     train: list[str]
     validation: list[str] = field(default_factory=list)
     block_size: int
+    prepend_bos: bool = False
     append_eos: bool = True
 
 

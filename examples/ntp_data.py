@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -42,26 +42,31 @@ class PackedBlocks(Dataset):
     An item holds input_ids, position_ids and labels, each int64 [block_size].
     """
 
-    def __init__(self, documents: list[list[int]], block_size: int) -> None:
-        tokens = [t for document in documents for t in document]
-        places = [p for document in documents for p in range(len(document))]
+    def __init__(self, documents: Iterable[list[int]], block_size: int) -> None:
+        # One tensor a document as it comes: lists of a large corpus would take ten times the memory.
+        pieces = [torch.zeros(0, dtype=torch.long), *(torch.tensor(d, dtype=torch.long) for d in documents)]
+        tokens, places = torch.cat(pieces), torch.cat([torch.arange(len(piece)) for piece in pieces])
         rows = len(tokens) // block_size
         if rows == 0:
             raise SettingsError(
                 f"data: the documents must fill a row of block_size = {block_size}, got {len(tokens)} tokens"
             )
-        self.ids = torch.tensor(tokens[: rows * block_size]).view(rows, block_size)
+        self.ids = tokens[: rows * block_size].view(rows, block_size)
         self.positions = torch.stack(
-            [from_zero(row) for row in torch.tensor(places[: rows * block_size]).view(rows, block_size)]
+            [from_zero(row) for row in places[: rows * block_size].view(rows, block_size)]
         )
 
     @classmethod
-    def from_files(cls, patterns: list[str], tokenizer, block_size: int, append_eos: bool) -> PackedBlocks:
+    def from_files(
+        cls, patterns: list[str], tokenizer, block_size: int, *, prepend_bos: bool, append_eos: bool
+    ) -> PackedBlocks:
+        start = [tokenizer.bos_token_id] if prepend_bos else []
         end = [tokenizer.eos_token_id] if append_eos else []
-        if None in end:
-            raise SettingsError("data.append_eos must be false: the tokenizer has no end-of-sequence token")
+        for name, ids in (("prepend_bos", start), ("append_eos", end)):
+            if None in ids:
+                raise SettingsError(f"data.{name} must be false: the tokenizer has no such token")
         encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
-        return cls([[*encode(text), *end] for text in read_documents(patterns)], block_size)
+        return cls(([*start, *encode(text), *end] for text in read_documents(patterns)), block_size)
 
     def __len__(self) -> int:
         return len(self.ids)

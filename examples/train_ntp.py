@@ -29,7 +29,6 @@ from ntp_trainer import (
 from torch import nn
 
 import ttt_kernels as ttt
-from ttt_kernels.patch.checkpoint import save_projections
 
 
 def load_model(m: ModelSettings) -> nn.Module:
@@ -37,9 +36,19 @@ def load_model(m: ModelSettings) -> nn.Module:
     if not isinstance(dtype, torch.dtype):
         raise SettingsError(f"model.dtype must be the name of a torch dtype, got {m.dtype!r}")
     options = {} if m.gguf_file is None else {"gguf_file": m.gguf_file}
-    return transformers.AutoModelForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         m.path, dtype=dtype, attn_implementation=m.attention, **options
     )
+    return model if m.gguf_file is None else without_quantization_marks(model)
+
+
+def without_quantization_marks(model: nn.Module) -> nn.Module:
+    """A GGUF file's weights become plain linear layers, yet transformers 5 goes on calling the model
+    quantised, and would neither train nor save it."""
+    for name in ("is_quantized", "quantization_method", "hf_quantizer"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
+    return model
 
 
 def load_tokenizer(m: ModelSettings):
@@ -69,7 +78,9 @@ def run(settings: Settings, resume: str | None) -> None:
     data, tokenizer = settings.data, load_tokenizer(settings.model)
 
     def blocks(patterns: list[str]) -> PackedBlocks:
-        return PackedBlocks.from_files(patterns, tokenizer, data.block_size, data.append_eos)
+        return PackedBlocks.from_files(
+            patterns, tokenizer, data.block_size, prepend_bos=data.prepend_bos, append_eos=data.append_eos
+        )
 
     validation = blocks(data.validation) if data.validation else None
     model = load_model(settings.model)
@@ -84,7 +95,7 @@ def run(settings: Settings, resume: str | None) -> None:
         tokenizer.save_pretrained(Path(settings.output) / "final")
     else:
         about = {"trained on": ", ".join(data.train), "steps": str(settings.train.steps)}
-        save_projections(model, Path(settings.output) / "projections.safetensors", metadata=about)
+        ttt.save_projections(model, Path(settings.output) / "projections.safetensors", metadata=about)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ def long_functions(source: str, limit: int = 80, device_limit: int = 150) -> lis
     """Without the docstring, which is meant to be complete. Device code is what Triton compiles."""
     found = []
     for function in functions(ast.parse(source)):
-        on_device = any(ast.unparse(d) == "triton.jit" for d in function.decorator_list)
+        on_device = any(ast.unparse(d).startswith("triton.jit") for d in function.decorator_list)
         limit_here = device_limit if on_device else limit
         first = function.body[0]
         text = ast.get_docstring(function, clean=False)

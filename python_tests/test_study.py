@@ -188,6 +188,7 @@ def run(steps, made) -> None:
 
 
 def test_every_step_runs_and_is_done_once(tiny_study, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
     run(study.PLAN, tiny_study)
     losses = {f.name: f.stat().st_mtime_ns for f in (tiny_study.work / "losses").iterdir()}
     wanted = {"specnorm-0.test.pt", "specnorm-0.test.other.pt", "static-0.test.pt", "recall.json"}

@@ -55,6 +55,23 @@ def train(wanted: Settings, resume=None, validation=None):
     return model, trainer
 
 
+def test_documents_begin_and_end_as_asked(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "xy"}\n{"text": "z"}\n')
+
+    class Letters:
+        bos_token_id, eos_token_id = 1, None
+
+        def __call__(self, text, **_):
+            return {"input_ids": [ord(c) for c in text]}
+
+    def rows(**options):
+        return PackedBlocks.from_files([f"{tmp_path}/a.jsonl"], Letters(), 5, **options)
+
+    assert rows(prepend_bos=True, append_eos=False).ids.tolist() == [[1, 120, 121, 1, 122]]
+    with pytest.raises(SettingsError, match="data.append_eos must be false"):
+        rows(prepend_bos=False, append_eos=True)
+
+
 # --- settings -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
 def test_shipped_settings_are_valid(file):
@@ -248,6 +265,18 @@ def test_perplexity_by_position(tmp_path):
         expected = float(losses[inside].mean().exp())
         assert got[f"eval_perplexity_from_{low}"] == pytest.approx(expected, rel=1e-4)
     assert "eval_perplexity_from_30" not in got  # no document is that long
+
+
+def test_a_model_from_a_gguf_file_can_be_trained(tmp_path):
+    model = tiny_models.build()
+    model.is_quantized, model.hf_quantizer = True, SimpleNamespace(is_trainable=False)
+    model.config.quantization_config = SimpleNamespace(quant_method="gguf")
+    with pytest.raises(ValueError, match="quantized"):
+        train_ntp.make_trainer(settings(tmp_path), model, blocks(), None)
+    ttt.unpatch_model(model)
+    train_ntp.without_quantization_marks(model)
+    train_ntp.make_trainer(settings(tmp_path, steps=1), model, blocks(), None).train()
+    assert not hasattr(model.config, "quantization_config")
 
 
 def test_liger_replaces_the_loss_only(tmp_path):

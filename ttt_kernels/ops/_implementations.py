@@ -13,11 +13,13 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_CAPABILITY = (8, 0)
 
 
-def choose_implementation(device_type: str, dtype: torch.dtype = torch.bfloat16) -> tuple[str, str]:
-    """What `impl="auto"` means on a device type for operands of a dtype, and why."""
-    if device_type == "cpu":
+def choose_implementation(
+    device: torch.device | str, dtype: torch.dtype = torch.bfloat16
+) -> tuple[str, str]:
+    """What `impl="auto"` means on a device for operands of a dtype, and why."""
+    if torch.device(device).type == "cpu":
         return "eager", "library GEMMs on one float32 state are the CPU implementation"
-    why_not = why_not_triton(torch.device(device_type), dtype)
+    why_not = why_not_triton(torch.device(device), dtype)
     if why_not is None:
         return "triton", "fused kernels, compiled by Triton when first used"
     return "eager", f"it runs on any device; not triton: {why_not}"
@@ -36,13 +38,17 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and capability < TRITON_CAPABILITY:
         return f"its kernels need compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}"
-    return None
+    return _why_not_interpreter(dtype) if _interpreted() else None
+
+
+def _interpreted() -> bool:
+    from ttt_kernels.ops.triton_launch import interpreted
+
+    return interpreted()
 
 
 def _why_not_interpreter(dtype: torch.dtype) -> str | None:
-    from ttt_kernels.ops.triton_launch import interpreted
-
-    if not interpreted():
+    if not _interpreted():
         return "it needs a GPU (on a CPU only its interpreter runs: TRITON_INTERPRET=1, for tests)"
     if dtype == torch.bfloat16:
         return "Triton's interpreter computes bfloat16 wrongly; it takes float32 and float16"
@@ -60,7 +66,7 @@ def resolve_implementation(impl: str, operand: Tensor, op: str) -> str:
     """The implementation of a requested one that runs `op` on tensors like `operand`. An explicit one
     never falls back. For the body of a registered op, where a compiler does not look."""
     if impl == "auto":
-        impl, _ = choose_implementation(operand.device.type, operand.dtype)
+        impl, _ = choose_implementation(operand.device, operand.dtype)
     if impl == "triton":
         why_not = why_not_triton(operand.device, operand.dtype)
         if why_not is not None:

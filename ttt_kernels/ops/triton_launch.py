@@ -69,8 +69,9 @@ def architecture(device: torch.device) -> int:
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """`tl.dot` of float32 is IEEE float32 unless torch's own switch allows TF32."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    """`tl.dot` of float32 is IEEE float32 unless torch's own switch allows TF32, which AMD mostly lacks."""
+    allowed = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = allowed and dtype == torch.float32
     return "tf32" if tf32 else "ieee"
 
 

@@ -63,11 +63,13 @@ def fast_weight_scan(
         cast to the autocast dtype, state and step_size are not.
     Determinism: bitwise repeatable on one device and configuration.
     Cost: 4 D F FLOPs per token forward, 10 D F backward, and about 8 D F / max(C, S*) bytes of state
-        traffic per token (`ops/scan/heuristics.py`). Extra memory: one float32 weight forward (one
-        per sequence where gradients are needed), three in the backward, whatever T and C.
+        traffic per token (`ops/scan/heuristics.py`). Extra memory, whatever T and C: one float32 weight
+        forward (one per sequence where gradients are needed), three in the backward; triton per sequence
+        two and, with operands of 16 bits, four, and up to a quarter of one where chunks are short.
     Limits: one derivative (the reference has more); under `create_graph=True` a gradient that does not
         depend on y comes back without a graph. Causality holds for finite values: where several
-        short chunks are computed together, a NaN in one reaches the outputs of its neighbours.
+        short chunks are computed together, a NaN in one reaches the outputs of its neighbours. triton
+        stores products of their keys in the dtype of z: in float16 keys of a norm above 256 overflow.
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
         NotImplementedError: an implementation that does not exist for this device.

@@ -40,7 +40,7 @@ from ttt_kernels.ops.scan.triton_bwd_super import (
     add_mixed,
     add_row_products,
 )
-from ttt_kernels.ops.scan.triton_fwd import FLOOR, load_block, sum_partials
+from ttt_kernels.ops.scan.triton_fwd import FLOOR, load_block, row_ratio, sum_partials
 from ttt_kernels.ops.triton_launch import architecture, input_precision, launch
 from ttt_kernels.types import ceil_div, tiles
 
@@ -80,7 +80,7 @@ def scan_bwd_norm_kernel(
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
     norm = sum_partials(norms, i_sequence, o_d, m_d, parts, D)
-    b_ratio = tl.sqrt(tl.load(w0_norms + o_d, mask=m_d, other=0.0) / tl.maximum(norm, FLOOR))
+    b_ratio = row_ratio(tl.load(w0_norms + o_d, mask=m_d, other=0.0), norm)
     if i_t == 0:
         dratio = b_ratio * sum_partials(products, i_sequence, o_d, m_d, parts, D)
         o_s = i_sequence * D + o_d
@@ -103,7 +103,7 @@ def token_steps(steps, lr, o_t, m_t, CHUNK, HAS_STEPS: tl.constexpr):
         return tl.where(m_t, lr, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["value_tiles"])
 def scan_bwd_token_kernel(
     z, v, dy, dz, dv, shadow, grad_shadow, scores, mixed, extra, dsteps, step_size, blocks,
     lr, D, F, CHUNK, BLOCK, value_tiles,

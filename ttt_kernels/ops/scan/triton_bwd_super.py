@@ -20,11 +20,13 @@ M has entries for u <= t only, so that M + M^T is what multiplies Z.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttt_kernels.ops.scan.triton_fwd import FLOOR, load_block, sum_partials
+from ttt_kernels.ops.scan.triton_fwd import FLOOR, load_block, row_ratio, sum_partials
 from ttt_kernels.ops.triton_launch import launch
 from ttt_kernels.types import ceil_div
 
@@ -132,8 +134,8 @@ def scan_bwd_read_kernel(
             tl.zeros([BLOCK_T, BLOCK_D], tl.float32), EVEN_F, PRECISION, BLOCK_K,
         )  # fmt: skip
         b = add_earlier_writes(
-            v + first * D, scores + i_row.to(tl.int64) * BLOCK * BLOCK, step_size + i_chunk, lr, start, o_t, r_d, tokens,
-            written, b, D, CHUNK, BLOCK, HAS_STEPS, PRECISION, BLOCK_T, BLOCK_K,
+            v + first * D, scores + i_row.to(tl.int64) * BLOCK * BLOCK, step_size + i_chunk, lr, start,
+            o_t, r_d, tokens, written, b, D, CHUNK, BLOCK, HAS_STEPS, PRECISION, BLOCK_T, BLOCK_K,
         )  # fmt: skip
         p_raw = raw + i_row.to(tl.int64) * BLOCK * D + (o_t[:, None] * D + o_d[None, :])
         tl.store(p_raw, b, mask=(o_t < tokens)[:, None] & (o_d < D)[None, :])
@@ -205,7 +207,7 @@ def scan_bwd_rescale_kernel(
     w0_norm = tl.load(w0_norms + o_d, mask=m_d, other=0.0)
     total = tl.zeros([BLOCK_D], tl.float32)
     for i_c in range(0, tokens, CHUNK):
-        b_ratio = tl.sqrt(w0_norm / tl.maximum(norm, FLOOR))
+        b_ratio = row_ratio(w0_norm, norm)
         dratio = tl.zeros([BLOCK_D], tl.float32)
         growth = tl.zeros([BLOCK_D], tl.float32)
         step = lr
@@ -301,7 +303,7 @@ class SuperChunks:
         if n not in self.group:
             self.group_scores = self.group_mixed = None  # before their successors are allocated
             limit = max(len(run.table.of(n)), run.d * run.f // (2 * length**2))
-            start = min(m for m in range(n + 1) if m == n or offsets[n + 1] - offsets[m] <= limit)
+            start = min(n, bisect_left(offsets, offsets[n + 1] - limit))
             blocks, self.group = run.table.rows[offsets[start] : offsets[n + 1]], range(start, n + 1)
             self.group_scores = run.z.new_empty(len(blocks), length, length)
             widest = len(run.table.of(0)) if run.preserve else len(blocks)

@@ -20,6 +20,8 @@ sums its rows exactly as every later launch does, so that an unchanged W gives r
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 import torch
 import triton
 import triton.language as tl
@@ -59,6 +61,12 @@ def sum_partials(norms, i_sequence, o_d, m_d, parts, D):
 
 
 @triton.jit
+def row_ratio(w0_norm, norm):
+    """r from square norms, rounded correctly: equal norms give exactly 1."""
+    return tl.sqrt_rn(tl.div_rn(w0_norm, tl.maximum(norm, FLOOR)))
+
+
+@triton.jit(do_not_specialize=["apply_tiles"])
 def scan_fwd_step_kernel(
     z, v, y, raw, base, state, shadow, next_shadow, norms, next_norms, w0_norms, step_size, scores,
     blocks, z_rows, z_columns, v_columns, w_rows, lr, D, F, CHUNK, BLOCK, base_stride, norm_parts,
@@ -128,8 +136,8 @@ def scan_fwd_step_kernel(
                 if PRESERVE:
                     norm = sum_partials(norms, i_sequence, o_d, m_d, norm_parts, D)
                     w0_norm = sum_partials(w0_norms, 0, o_d, m_d, norm_parts, D)
-                    b_y *= tl.sqrt(w0_norm / tl.maximum(norm, FLOOR))[None, :]
-                p_y = (y + first * D) + (o_t[:, None] * D + o_d[None, :])
+                    b_y *= row_ratio(w0_norm, norm)[None, :]
+                p_y = (y + i_row * D) + (tl.arange(0, BLOCK_T)[:, None] * D + o_d[None, :])
                 tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_y)
     else:
         i_tile = i_program - apply_tiles
@@ -232,7 +240,9 @@ def scan_fwd_scores_kernel(
 ):  # fmt: skip
     """P [t, u] = s_u (z_t . z_u) for u in a chunk not later than that of t, tiles on and below the
     diagonal. Readers mask the chunk relation they want; what no reader reads is not written."""
-    i_t, i_u, i_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rows = tl.cdiv(BLOCK, BLOCK_T)
+    i_t, i_u = tl.program_id(0) % rows, tl.program_id(0) // rows % rows
+    i_block = tl.program_id(0) // (rows * rows)
     first, tokens, written, _, i_chunk, _ = load_block(blocks, i_block)
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
     o_u = i_u * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -267,14 +277,15 @@ def scan_fwd_rescale_kernel(
     HAS_STEPS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y = r_k raw for the chunks k of a super-chunk in order, one strip of columns a program."""
-    i_d, i_block = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    columns = tl.cdiv(D, BLOCK_D)
+    i_d, i_block = tl.program_id(0) % columns, (tl.program_id(0) // columns).to(tl.int64)
     first, tokens, written, i_sequence, i_chunk, _ = load_block(blocks, i_block)
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
     norm = sum_partials(norms, i_sequence, o_d, m_d, norm_parts, D)
     w0_norm = sum_partials(w0_norms, 0, o_d, m_d, norm_parts, D)
     for i_c in range(0, tokens, CHUNK):
-        ratio = tl.sqrt(w0_norm / tl.maximum(norm, FLOOR))[None, :]
+        ratio = row_ratio(w0_norm, norm)[None, :]
         step = tl.load(step_size + i_chunk + i_c // CHUNK) if HAS_STEPS else lr
         growth = tl.zeros([BLOCK_D], tl.float32)
         for i_t in range(i_c, tl.minimum(i_c + CHUNK, tokens), BLOCK_T):
@@ -368,9 +379,8 @@ class Forward:
 
     def start(self, initial: Tensor, state: Tensor, shadow: Tensor, norms: Tensor) -> None:
         """state = float32(initial), with its rounded copy and row sums: a write of no tokens."""
-        rows = torch.arange(len(state), device=state.device)[:, None] * torch.tensor(
-            [0, 0, 0, 1, 0, 0], device=state.device
-        )
+        column = torch.arange(COLUMNS, device=state.device) == 3  # the sequence, made where it is needed
+        rows = torch.arange(len(state), device=state.device)[:, None] * column
         grid = (len(state) * ceil_div(self.d, self.tiles.d) * self.parts,)
         launch(
             scan_fwd_step_kernel, grid, z=self.z, v=self.v, y=self.z, raw=self.empty, base=initial,
@@ -388,12 +398,12 @@ class Forward:
         length, offsets = self.table.length, self.table.offsets
         if n not in self.group:
             limit = offsets[n] + max(len(self.table.of(n)), self.d * self.f // (2 * length**2))
-            stop = max(m for m in range(n + 1, len(offsets)) if m == n + 1 or offsets[m] <= limit)
+            stop = max(n + 1, bisect_right(offsets, limit) - 1)
             blocks, t = self.table.rows[offsets[n] : offsets[stop]], self.tiles
             self.group, self.group_scores = range(n, stop), self.z.new_empty(len(blocks), length, length)
-            tiles = ceil_div(length, t.t)
+            grid = (ceil_div(length, t.t) ** 2 * len(blocks),)
             launch(
-                scan_fwd_scores_kernel, (tiles, tiles, len(blocks)), z=self.z, scores=self.group_scores,
+                scan_fwd_scores_kernel, grid, z=self.z, scores=self.group_scores,
                 blocks=blocks, F=self.f, CHUNK=self.chunk, BLOCK=length, HAS_STEPS=self.has_steps,
                 EVEN_F=self.f % t.k == 0, ALIGNED=self.chunk % 16 == 0, PRECISION=self.precision,
                 BLOCK_T=t.t, BLOCK_K=t.k, num_warps=t.warps, num_stages=t.stages, **self.steps,
@@ -422,7 +432,7 @@ class Forward:
         if self.super and self.preserve:
             width = min(t.d, 32)  # many short strips: each program walks its chunks one after another
             launch(
-                scan_fwd_rescale_kernel, (ceil_div(self.d, width), len(blocks)), raw=raw, y=y,
+                scan_fwd_rescale_kernel, (ceil_div(self.d, width) * len(blocks),), raw=raw, y=y,
                 v=self.v, norms=norms[0], w0_norms=w0_norms, scores=scores, blocks=blocks, D=self.d,
                 CHUNK=self.chunk, BLOCK=self.table.length, norm_parts=self.parts,
                 HAS_STEPS=self.has_steps, PRECISION=self.precision, BLOCK_T=min(t.t, 64),

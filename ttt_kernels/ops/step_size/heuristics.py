@@ -20,7 +20,7 @@ RATES = {80: (250e12, 1.7e12), 90: (788e12, 4.0e12), 100: (1800e12, 6.4e12)}
 FUSED_EFFICIENCY = 0.8  # of the library's GEMM rate
 
 # Scratch of one group of chunks: both Gram matrices and, backward, the thin products.
-GROUP_BYTES = 256 << 20
+GROUP_BYTES = 64 << 20
 GRID_LIMIT = 65535  # programs along the second and third axis of a grid
 
 
