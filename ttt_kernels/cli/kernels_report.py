@@ -73,8 +73,9 @@ def between(numbers: Iterable[int]) -> str:
 
 def time_row(one: Compiled, machine: Machine) -> tuple[str, ...]:
     predicted, limit = one.predict(machine), limit_seconds(one.case, machine)
+    tokens = f", {one.case.tokens} tokens" if not chunked(one.case) and one.case.tokens > 1 else ""
     return (
-        one.case.operation,
+        one.case.operation + tokens,
         str(one.case.chunk_size) if chunked(one.case) else "",
         str(one.case.batch),
         str(predicted.launches),
