@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-from ttt_kernels.distributed.groups import Refused, agree, check_lengths, process_group
+from ttt_kernels.distributed.groups import agree, check_lengths, process_group
 from ttt_kernels.distributed.prefix import PrefixSums
 from ttt_kernels.ops import _checks as check
 from ttt_kernels.ops._implementations import requested_implementation
@@ -93,7 +93,7 @@ def context_parallel_scan(
     try:
         arguments = _checked(z, v, w0, chunk_size, step_size, preserve_row_norm, state, return_state, impl)
         facts, tokens = _shared_facts(arguments), z.shape[1]
-    except Refused as error:
+    except Exception as error:  # whatever it is, the others must hear of it
         problem = error
     check_lengths(agree(group, tokens, facts, problem), chunk_size)
     return run_scan(group, *arguments)

@@ -8,16 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.hooks import RemovableHandle
 
 from ttt_kernels.distributed.context import Settings, run_scan
-from ttt_kernels.distributed.groups import Refused, agree, check_lengths, process_group
+from ttt_kernels.distributed.groups import agree, check_lengths, process_group
 from ttt_kernels.modules.facts import BatchFacts
-from ttt_kernels.modules.mlp import FastWeightMLP, read_and_write, step_sizes
+from ttt_kernels.modules.mlp import read_and_write, step_sizes
 from ttt_kernels.modules.rule import WriteRule
 from ttt_kernels.ops import _checks as check
-from ttt_kernels.patch.families import find_decoder
-from ttt_kernels.patch.hooks import KWARG, model_hook
+from ttt_kernels.patch.hooks import KWARG, ModelHook, model_hook
 
 
 def context_parallel(model: nn.Module, group: dist.ProcessGroup | DeviceMesh) -> Handle:
@@ -38,36 +36,39 @@ def context_parallel(model: nn.Module, group: dist.ProcessGroup | DeviceMesh) ->
         group: a process group, or a mesh of one dimension.
 
     Returns:
-        A handle: `remove()` makes it a model of one process again.
+        A handle: `remove()` makes it a model of one process again. A deepcopy of the model made while it
+        is in force runs across the ranks too, and has no handle: copy before, or after `remove()`.
 
     Gradients: parameters get this rank's contribution; the sum over the group is the gradient, as data
         parallelism over the same ranks forms it.
-    Limits: no caches, padding, packed rows, closed-form writes or torch.compile: refused when called, on
-        all ranks. `disabled` works, on all ranks at once.
+    Limits: no caches, padding, packed rows, closed-form writes, torch.compile or ranks without tokens:
+        refused when called, on all ranks, as is any other argument that is wrong on one of them. `disabled` works, on all ranks at once.
     Raises:
         TypeError, ValueError: not a patched model, or one that is distributed already.
     """
-    decoder, _ = find_decoder(model)
-    group, mlps = process_group(group), model_hook(model).mlps
-    taken = [i for i, mlp in mlps.items() if mlp.read_write is not read_and_write]
+    group, hook = process_group(group), model_hook(model)
+    taken = [i for i, mlp in hook.mlps.items() if mlp.read_write is not read_and_write]
     if taken:
         raise ValueError(f"model must not be distributed already, got layers {taken} that are")
-    hook = _AgreeOnBatch(group, mlps)
-    for mlp in mlps.values():
-        mlp.read_write = _ReadWriteAcrossRanks(group)
-    return Handle(decoder.register_forward_pre_hook(hook, with_kwargs=True), hook)
+    return Handle(hook, group)
 
 
 class Handle:
-    """What `context_parallel` did to a model; `remove` undoes it."""
+    """What `context_parallel` does to a model; `remove` undoes it, once."""
 
-    def __init__(self, handle: RemovableHandle, hook: _AgreeOnBatch) -> None:
-        self.handle, self.hook = handle, hook
+    def __init__(self, hook: ModelHook, group: dist.ProcessGroup) -> None:
+        self.hook, self.scan = hook, _ReadWriteAcrossRanks(group)
+        hook.agreement = self.agreement = _AgreeOnBatch(group)
+        for mlp in hook.mlps.values():
+            mlp.read_write = self.scan
 
     def remove(self) -> None:
-        self.handle.remove()
+        """Afterwards it does nothing, whatever else has been installed since."""
+        if self.hook.agreement is self.agreement:
+            self.hook.agreement = None
         for mlp in self.hook.mlps.values():
-            mlp.read_write = read_and_write
+            if mlp.read_write is self.scan:
+                mlp.read_write = read_and_write
 
 
 class _OfGroup:
@@ -98,30 +99,31 @@ class _ReadWriteAcrossRanks(_OfGroup):
 
 
 class _AgreeOnBatch(_OfGroup):
-    """Pre-hook of the inner model, after the one that reads the batch: one agreement for all layers."""
+    """`ModelHook.agreement`, around the reading of the batch: one agreement for all layers."""
 
-    def __init__(self, group: dist.ProcessGroup, mlps: dict[int, FastWeightMLP]) -> None:
-        super().__init__(group)
-        self.mlps = mlps
-
-    def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        batch: BatchFacts | None = kwargs.get(KWARG)
-        if batch is None:  # unpatched since
-            return args, kwargs
-        problem, shape = None, _shape(kwargs)
+    def __call__(
+        self, hook: ModelHook, decoder: nn.Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict]:
+        problem, facts, tokens, disabled = None, {}, 0, False
         try:
-            self.check(batch, kwargs)
-        except Refused as error:
+            args, kwargs = hook.read(decoder, args, kwargs)
+            self.check(kwargs[KWARG], kwargs)
+            (batch, tokens), disabled = _shape(kwargs), kwargs[KWARG].disabled
+            facts = {
+                "the batch size": batch,
+                "whether fast weights are disabled": disabled,
+                "training mode": decoder.training,
+                "whether gradients are on": torch.is_grad_enabled(),
+            }
+        except Exception as error:  # whatever it is, the others must hear of it
             problem = error
-        facts = {
-            "the batch size": shape[0],
-            "whether fast weights are disabled": batch.disabled,
-            "training mode": decoder.training,
-            "whether gradients are on": torch.is_grad_enabled(),
-        }
-        lengths = agree(self.group, shape[1], facts, problem)
-        if not batch.disabled:
-            check_lengths(lengths, next(iter(self.mlps.values())).rule.chunk_size)
+        lengths = agree(self.group, tokens, facts, problem)
+        if 0 in lengths:
+            raise ValueError(
+                f"every rank must hold tokens of the sequence, got {lengths}: use fewer ranks"
+            )
+        if not disabled:
+            check_lengths(lengths, next(iter(hook.mlps.values())).rule.chunk_size)
         return args, {**kwargs, "use_cache": False}
 
     @staticmethod
@@ -146,6 +148,8 @@ class _AgreeOnBatch(_OfGroup):
             )
 
 
-def _shape(kwargs: dict) -> tuple[int, ...]:
-    embeddings = kwargs.get("inputs_embeds")
-    return tuple((kwargs["input_ids"] if embeddings is None else embeddings).shape[:2])
+def _shape(kwargs: dict) -> tuple[int, int]:
+    ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    if (ids is None) == (embeddings is None):
+        raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+    return tuple((ids if embeddings is None else embeddings).shape[:2])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-Refused = (TypeError, ValueError, NotImplementedError)
-
 
 def process_group(group: dist.ProcessGroup | DeviceMesh) -> dist.ProcessGroup:
     """The process group that `group` names; this process must be in it."""

@@ -13,7 +13,8 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from ttt_kernels.modules.mlp import FastWeightLinear, is_sharded
+from ttt_kernels.modules.mlp import FastWeightLinear
+from ttt_kernels.modules.sharding import is_sharded
 from ttt_kernels.patch.config import PREFIX, TTTConfig
 from ttt_kernels.patch.families import find_decoder
 from ttt_kernels.patch.hooks import model_hook
@@ -277,8 +278,7 @@ def _check_keys(
     what: str, missing: Iterable[str], unexpected: Iterable[str], shapes: Iterable[str]
 ) -> None:
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    found = [f"{kind}: {', '.join(sorted(keys))}" for kind, keys in kinds.items()]
-    found = [text for text in found if not text.endswith(": ")]
+    found = [f"{kind}: {', '.join(keys)}" for kind, names in kinds.items() if (keys := sorted(names))]
     if found:
         raise ValueError(f"{what} must have exactly the model's keys, got {'; '.join(found)}")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -39,7 +39,11 @@ class ModelHook:
             None.
         layers: the attribute that holds the decoder layers.
         mlps: the fast-weight MLPs by layer.
+
+    `agreement` is called in place of `read`, which it must call, where ranks share a sequence.
     """
+
+    agreement: Callable[[ModelHook, nn.Module, tuple, dict], tuple[tuple, dict]] | None = None
 
     def __init__(
         self, embeddings: str | None, layers: str, mlps: Mapping[int, FastWeightMLP]
@@ -54,6 +58,11 @@ class ModelHook:
         return {**self.__dict__, "disabled_in_graphs": 0}
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if self.agreement is not None:
+            return self.agreement(self, model, args, kwargs)
+        return self.read(model, args, kwargs)
+
+    def read(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         drop_hand_over()
         if len(args) > len(_POSITIONAL):
             raise TypeError(
