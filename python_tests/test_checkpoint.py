@@ -326,6 +326,14 @@ def test_device_map_and_offloading(saved, tmp_path: Path) -> None:
         ttt.unpatch_model(away)
 
 
+def test_adapters_in_the_folder_are_refused(saved) -> None:
+    _, path = saved
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(path), "target_modules": ["q_proj"]}
+    (path / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(ValueError, match=r"must be without adapters, got adapter_config\.json"):
+        ttt.from_pretrained(path)
+
+
 def test_quantised_down_projections_are_refused(saved) -> None:
     quantizers = pytest.importorskip("transformers.quantizers")
     config_class = _toy_quantisation(quantizers)

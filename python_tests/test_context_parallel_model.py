@@ -61,6 +61,35 @@ def train_step(model: nn.Module, x: Tensor, tokens: slice, **kwargs) -> tuple[Te
     return logits.detach(), tiny.gradients(model)
 
 
+def refused_on_one_rank(model: nn.Module, x: Tensor, rank: int) -> None:
+    """What the first rank alone cannot read: the others hear of it."""
+    batch, length = x.shape
+    packed = {"cu_seq_lens_q": torch.tensor([0, batch * length]), "use_cache": True}
+    for train, reason, arguments in (
+        (False, "must be None or 2D", {"attention_mask": torch.ones(batch, 1, length, length)}),
+        (False, "attention_mask must have shape", {"attention_mask": torch.ones(batch, length + 1)}),
+        (False, "packed rows cannot stream", packed),
+        (True, "past_key_values holds tokens", {"past_key_values": filled_cache(length)}),
+        (False, "no attribute 'shape'", {"input_ids": None}),
+        (False, "exactly one of input_ids and", {"inputs_embeds": torch.zeros(batch, length, 64)}),
+    ):
+        model.train(train)
+        told = reason if rank == 0 else f"rank 0 of the group refused its arguments: .*{reason}"
+        with pytest.raises(Exception if rank == 0 else ValueError, match=told):
+            model(**{"input_ids": x, **(arguments if rank == 0 else {})})
+    model.eval()
+    with pytest.raises(ValueError, match=r"every rank must hold tokens of the sequence, got \[.*\b0\]"):
+        model(x[:, : 0 if rank == dist.get_world_size() - 1 else 8])
+
+
+def filled_cache(tokens: int):
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    cache.update(torch.zeros(2, 2, tokens, 16), torch.zeros(2, 2, tokens, 16), 0)
+    return cache
+
+
 def worker(rank: int, size: int) -> dict:
     from transformers import AttentionInterface
 
@@ -94,6 +123,7 @@ def worker(rank: int, size: int) -> dict:
         mask = torch.ones(2, lengths[rank], dtype=torch.long)
         found["mask"] = model(x[:, tokens], attention_mask=mask, **call).logits
         found["copy"] = copy.deepcopy(model)(x[:, tokens], **call).logits
+        refused_on_one_rank(model, x[:, tokens], rank)
         mask[0, :3] = 0  # on one rank only
         mask = mask if rank == 0 else None
         packed = torch.arange(lengths[rank]).roll(4)[None]
@@ -116,6 +146,12 @@ def worker(rank: int, size: int) -> dict:
         handle.remove()
         model.config._attn_implementation = "sdpa"
         found["removed"] = model(x).logits
+        again = context_parallel(model, dist.group.WORLD)
+        handle.remove()  # of another: nothing happens
+        with pytest.raises(ValueError, match="must not be distributed already"):
+            context_parallel(model, dist.group.WORLD)
+        again.remove()
+        assert torch.equal(model(x).logits, found["removed"])
     return found
 
 

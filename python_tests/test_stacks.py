@@ -165,6 +165,20 @@ def test_adapters_that_cannot_be_merged_are_refused():
     assert error(logits(free, x, adapter_names=["default"]), logits(free, x)) < 1e-5
 
 
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("kind", ["IA3", "OFT", "HRA"])
+def test_multiplicative_adapters_are_refused_on_down_proj(kind, rule):
+    """They scale what the base layer is given or returns, the fast weight included."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    targets = {"target_modules": ["down_proj"]} | ({"feedforward_modules": []} if kind == "IA3" else {})
+    config = getattr(peft, f"{kind}Config")(**targets)
+    model = peft.get_peft_model(tiny.patched("llama", tiny.config(**rule)), config).eval()
+    x = tiny.ids(1, 20)
+    with pytest.raises(NotImplementedError, match=f"on down_proj must be a plain LoRA.*{kind.lower()}"):
+        logits(model, x)
+    assert torch.isfinite(logits(model.merge_and_unload(), x)).all()
+
+
 # --- quantised layers ------------------------------------------------------------------------------------
 class Wrapped(Tensor):
     """As torchao does it: a parameter that claims to be float, around tensors that are not."""

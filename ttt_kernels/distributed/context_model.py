@@ -42,7 +42,8 @@ def context_parallel(model: nn.Module, group: dist.ProcessGroup | DeviceMesh) ->
     Gradients: parameters get this rank's contribution; the sum over the group is the gradient, as data
         parallelism over the same ranks forms it.
     Limits: no caches, padding, packed rows, closed-form writes, torch.compile or ranks without tokens:
-        refused when called, on all ranks, as is any other argument that is wrong on one of them. `disabled` works, on all ranks at once.
+        refused when called, on all ranks, as is any other argument that is wrong on one of them.
+        `disabled` works, on all ranks at once.
     Raises:
         TypeError, ValueError: not a patched model, or one that is distributed already.
     """

@@ -42,29 +42,30 @@ def _added_weight(down_proj: nn.Module, preserve_row_norm: bool) -> Tensor | Non
     """BA [D, F] of the active adapters where the base layer must know it, differentiable; else None.
 
     Raises:
-        NotImplementedError: an active adapter scales what the base layer returns (DoRA and other variants),
-            and the fast weight with it; or, with row-norm preservation, it is not a LoRA, differs between the
-            rows of the batch, or its parts are sharded by themselves.
+        NotImplementedError: an active adapter is no plain LoRA: many scale what the base layer is given or
+            returns, and the fast weight with it (IA3, BOFT, OFT, HRA, DoRA); or, with row-norm preservation,
+            it differs between the rows of the batch, or its parts are sharded by themselves.
     """
     active = getattr(down_proj, "active_adapters", ())
     if not active or down_proj.disable_adapters or down_proj.merged:
         return None
-    known = getattr(down_proj, "lora_A", {})
+    known = getattr(down_proj, "lora_A", None)
     variants = getattr(down_proj, "lora_variant", {})
     for name in active:
-        if name in variants:
+        if known is None or name in variants:
+            got = type(down_proj).__module__ if known is None else variants[name]
             raise NotImplementedError(
-                f"the adapter {name!r} on down_proj must be a plain LoRA, got {variants[name]}: it changes "
-                "what the base layer returns, the fast weight included. Merge it, or leave down_proj out"
+                f"the adapter {name!r} on down_proj must be a plain LoRA, got {got}: others may change "
+                "what the base layer is given or returns, the fast weight included. Merge it, or leave "
+                "down_proj out"
             )
     if not preserve_row_norm:
         return None
     hooks = down_proj._forward_pre_hooks.values()
-    if not known or any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks):
+    if any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks):
         raise NotImplementedError(
             "row-norm preservation needs the weight that the adapter on down_proj adds, which is known for "
-            f"LoRA without adapter_names only, got {type(down_proj).__module__}: merge it, or leave "
-            "down_proj out"
+            "LoRA without adapter_names only: merge it, or leave down_proj out"
         )
     added = [down_proj.get_delta_weight(name) for name in active if name in known]
     if any(is_sharded(weight) for weight in added):

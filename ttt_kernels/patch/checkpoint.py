@@ -30,6 +30,7 @@ _HUB = (
     "cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision",
     "subfolder", "token", "trust_remote_code",
 )  # fmt: skip
+_CODE = ("code_revision", "trust_remote_code")  # those of _HUB that only classes are loaded with
 
 
 def save_pretrained(
@@ -109,8 +110,8 @@ def from_pretrained(
     Raises:
         ValueError: a key is missing, one too many, or of another shape (the message names them), of
             the backbone or the fast weights; the config has no `ttt_*` fields, unknown or contradictory
-            ones; layers that do not exist; quantised down-projections. No weight is ever left at a
-            random value.
+            ones; layers that do not exist; quantised down-projections; an adapter beside the checkpoint
+            (adapter_config.json). No weight is ever left at a random value.
         TypeError: a model of another family; `output_loading_info` or `ignore_mismatched_sizes`.
         OSError: there is no checkpoint.
     """
@@ -119,6 +120,7 @@ def from_pretrained(
         raise TypeError(f"kwargs must not hold {', '.join(taken)}: whatever does not fit raises")
     if not {"dtype", "torch_dtype"} & kwargs.keys():
         kwargs["dtype"] = "auto"
+    _refuse_adapter_files(path, kwargs)
     cls = _model_class(path, kwargs)
     model, info = _patching(cls, cfg).from_pretrained(
         path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -231,6 +233,18 @@ def _refuse_adapters(model: nn.Module) -> None:
             "model must be without adapters, for which a checkpoint has no place: merge them first "
             "(merge_and_unload), or save them with their own save_pretrained and the projections with "
             "save_projections"
+        )
+
+
+def _refuse_adapter_files(path: str | os.PathLike, kwargs: Mapping[str, object]) -> None:
+    """transformers would load another base model with them, or leave them out where there is no PEFT."""
+    from transformers.utils import find_adapter_config_file
+
+    hub = {name: kwargs[name] for name in _HUB if name in kwargs and name not in _CODE}
+    if find_adapter_config_file(os.fspath(path), **hub) is not None:
+        raise ValueError(
+            f"checkpoint {path} must be without adapters, got adapter_config.json: load the model from a "
+            "folder of its own, and put the adapter around it with peft.PeftModel.from_pretrained"
         )
 
 
