@@ -84,12 +84,13 @@ RUNS = {
     **{f"specnorm-{seed}": Run(seed, 2e-3, specnorm(0.2)) for seed in range(3)},
     "sgd-0": Run(0, 2e-3, {"inner_optimizer": "sgd", "lr": 5e-5}),
     "clip-0": Run(0, 2e-3, {"inner_optimizer": "clip", "lr": 1e-3, "max_norm": 200.0}),
-    "conv-0": Run(0, 2e-3, specnorm(0.2) | {"target": "conv"}),
+    **{f"conv-{seed}": Run(seed, 2e-3, specnorm(0.2) | {"target": "conv"}) for seed in range(3)},
     "static-0": Run(0, 1e-3, static=True),
     "on-static-0": Run(0, 2e-3, specnorm(0.2), base="static-0"),
 }
 MAIN = [f"specnorm-{seed}" for seed in range(3)]
-SIDE = ["sgd-0", "clip-0", "conv-0", "static-0", "on-static-0"]
+CONV = [f"conv-{seed}" for seed in range(3)]
+SIDE = ["sgd-0", "clip-0", *CONV, "static-0", "on-static-0"]
 PLAN = [
     *(f"capture:{name}" for name in ("train", *COUNTS, "shuffled-test")),
     *(f"{step}:{run}{of}" for run in RUNS for step, of in (("train", ""), ("evaluate", ":validation"))),

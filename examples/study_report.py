@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from study import COUNTS, DEPTHS, LENGTH, MAIN, RUNS, captured
+from study import CONV, COUNTS, DEPTHS, LENGTH, MAIN, RUNS, captured
 
 EDGES = (0, 128, 256, 512, 768, 1024, 1280, 1536, 1792, LENGTH - 1)
 RESAMPLES = 10_000
@@ -38,9 +38,9 @@ class Losses:
         found = [own - other for own, other in pairs if own is not None and other is not None]
         return np.mean(found, 0) if found else None
 
-    def main(self, texts: str, kind: str = "") -> np.ndarray | None:
+    def main(self, texts: str, kind: str = "", runs: list[str] = MAIN) -> np.ndarray | None:
         """Mean over the seeds."""
-        seeds = [c for run in MAIN if (c := self.change(run, texts, kind)) is not None]
+        seeds = [c for run in runs if (c := self.change(run, texts, kind)) is not None]
         return np.mean(seeds, 0) if seeds else None
 
 
@@ -61,6 +61,7 @@ def conditions(losses: Losses) -> dict[str, np.ndarray]:
     found = {
         "specnorm, mean of the seeds": losses.main("test"),
         **{run: losses.change(run, "test") for run in MAIN},
+        "conv target, mean of the seeds": losses.main("test", runs=CONV),
         "written by another address": losses.main("test", "other"),
         "written by the same, shuffled": losses.main("test", "shuffled"),
         **{run: losses.change(run, "test") for run in RUNS if run not in MAIN},
@@ -98,10 +99,12 @@ def print_all(losses: Losses) -> None:
     columns = {t: by_position(c) for t, c in found.items()}
     rows = [[p, *(f"{c[i][0]:+.4f}" for c in columns.values())] for i, p in enumerate(positions)]
     print(table(["position", *columns], rows), "\n")
-    if (main := losses.main("test")) is not None:
+    for title, runs in (("specnorm", MAIN), ("conv target", CONV)):
+        if (change := losses.main("test", runs=runs)) is None:
+            continue
         rows = [[p, f"{losses.off['test'][:, a:b].mean():.4f}", cell(v)] for p, a, b, v in
-                zip(positions, EDGES, EDGES[1:], by_position(main), strict=False)]  # fmt: skip
-        print(table(["position", "off", "on - off"], rows), "\n")
+                zip(positions, EDGES, EDGES[1:], by_position(change), strict=False)]  # fmt: skip
+        print(table(["position", "off", f"{title}, mean of the seeds: on - off"], rows), "\n")
     for kind in ("other", "shuffled"):
         if (pair := losses.paired("test", kind)) is not None:
             print(f"own text minus {kind}: {cell(interval(pair.mean(1)))}")
@@ -140,8 +143,9 @@ def draw(losses: Losses, file: Path) -> None:
     middle = [(a + b) / 2 for a, b in zip(EDGES, EDGES[1:], strict=False)]
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2))
     main = {"specnorm, mean of the seeds": "specnorm (3 seeds)"}
+    conv = {"conv target, mean of the seeds": "conv target (3 seeds)"}
     panels = (
-        ("How it writes", main | {"sgd-0": "sgd", "clip-0": "clip", "conv-0": "conv target"}),
+        ("How it writes", main | {"sgd-0": "sgd", "clip-0": "clip"} | conv),
         ("Controls", main | {t: t for t in found if t.startswith("written")} | {"static-0": "static update"}),
     )
     for axis, (title, titles) in zip(axes, panels, strict=False):
