@@ -70,8 +70,8 @@ step_size_bwd = register_op(
 
 class StepSizeFunction(torch.autograd.Function):
     @staticmethod
-    def forward(*args):
-        return step_size_fwd(*args)
+    def forward(z, v, chunk_size, cu_seqlens, kind, lr, parameter, impl):  # by name: see the targets
+        return step_size_fwd(z, v, chunk_size, cu_seqlens, kind, lr, parameter, impl)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

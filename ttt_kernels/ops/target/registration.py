@@ -94,8 +94,9 @@ conv_bwd = register_op(
 
 class NextTokenFunction(torch.autograd.Function):
     @staticmethod
-    def forward(*args):
-        return next_token_fwd(*args)
+    # Arguments by name: without gradients torch.compile does not trace `*args` here.
+    def forward(x, proj, chunk_size, horizon, cu_seqlens, impl):
+        return next_token_fwd(x, proj, chunk_size, horizon, cu_seqlens, impl)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -114,8 +115,8 @@ class NextTokenFunction(torch.autograd.Function):
 
 class ConvFunction(torch.autograd.Function):
     @staticmethod
-    def forward(*args):
-        return conv_fwd(*args)
+    def forward(u, conv_weight, proj, chunk_size, cu_seqlens, impl):
+        return conv_fwd(u, conv_weight, proj, chunk_size, cu_seqlens, impl)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
