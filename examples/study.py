@@ -31,7 +31,6 @@ import ttt_kernels as ttt
 from ttt_kernels.cli import demo_data
 from ttt_kernels.cli.demo_model import load_text
 from ttt_kernels.cli.demo_run import Captured, Observer
-from ttt_kernels.patch.checkpoint import load_projections, save_projections
 
 LENGTH, CHUNK, LAYERS = 2048, 128, (10, 15, 20, 25)
 FIRST = LAYERS[0]
@@ -233,7 +232,7 @@ class Study:
             "trained on": f"State of the Union addresses before {data.VALIDATION_FROM}",
             "run": f"{name}: " + ", ".join(f"{s.steps} steps of {s.tokens} tokens" for s in STAGES),
         }
-        save_projections(model, self.projections, metadata=about)
+        ttt.save_projections(model, self.projections, metadata=about)
 
     # --- evaluation: losses [texts, T - 1], in files
     def evaluate(self, name: str, on: str) -> None:
@@ -291,7 +290,7 @@ class Study:
     @cached_property
     def patched(self) -> nn.Module:
         model = copy.deepcopy(self.subject.model)
-        load_projections(model, self.projections)
+        ttt.load_projections(model, self.projections)
         return model
 
     def closed_form(self, eta: str) -> None:

@@ -315,7 +315,7 @@ NO_VIEWS = dict(z_rows=None, z_columns=None, v_columns=None, w_rows=None, DESCRI
 
 
 class Forward:
-    """Buffers and launches of one call; the backward of a super-chunk uses some of them again."""
+    """Buffers and launches of one call."""
 
     def __init__(
         self,
@@ -328,7 +328,7 @@ class Forward:
         chunk_size: int,
         preserve: bool,
     ) -> None:
-        self.z, self.v, self.w0, self.table = z, v, w0, table
+        self.z, self.v, self.table = z, v, table
         self.d, self.f = w0.shape
         self.chunk, self.preserve = chunk_size, preserve
         self.super = table.length > chunk_size
@@ -400,6 +400,7 @@ class Forward:
             limit = offsets[n] + max(len(self.table.of(n)), self.d * self.f // (2 * length**2))
             stop = max(n + 1, bisect_right(offsets, limit) - 1)
             blocks, t = self.table.rows[offsets[n] : offsets[stop]], self.tiles
+            self.group_scores = None  # before its successor is allocated
             self.group, self.group_scores = range(n, stop), self.z.new_empty(len(blocks), length, length)
             grid = (ceil_div(length, t.t) ** 2 * len(blocks),)
             launch(
