@@ -17,7 +17,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 ARCHITECTURES = os.environ.get("TTT_KERNELS_CUDA_ARCHS", "")
-MAX_JOBS = os.environ.get("MAX_JOBS", "")
+MAX_JOBS = os.environ.get("MAX_JOBS", "2")
 
 
 def find_nvcc() -> tuple[str | None, str]:
@@ -55,7 +55,7 @@ class CMakeBuild(build_ext):
         configure += [f"-DPython_EXECUTABLE={sys.executable}"]
         configure += [f"-Dpybind11_DIR={headers}/share/cmake/pybind11"]
         configure += [architectures if ARCHITECTURES else "-UTTT_CUDA_ARCHITECTURES"]
-        compile_ = ["--build", str(build), *(["--parallel", MAX_JOBS] if MAX_JOBS else [])]
+        compile_ = ["--build", str(build), "--parallel", MAX_JOBS]
         package_root = Path(self.get_ext_fullpath(ext.name)).resolve().parent.parent
         install = ["--install", str(build), "--prefix", str(package_root)]
         for arguments in (configure, compile_, install):

@@ -298,8 +298,8 @@ def test_iterations():
 
 REASONS = {
     "triton": "impl='triton' cannot run fast_weight_scan here: triton is not installed",
-    "cuda": "impl='cuda': this version of ttt_kernels has no CUDA C++ kernels for fast_weight_scan; "
-    "use impl='triton', 'eager' or 'auto'",
+    "cuda": "impl='cuda' cannot run fast_weight_scan here: its kernels take bfloat16 and float16, "
+    "not float32",
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ttt_kernels import _config
+from ttt_kernels.ops.cuda_launch import why_not_cuda
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_CAPABILITY = (8, 0)
@@ -72,8 +73,7 @@ def resolve_implementation(impl: str, operand: Tensor, op: str) -> str:
         if why_not is not None:
             raise NotImplementedError(f"impl='triton' cannot run {op} here: {why_not}")
     if impl == "cuda":
-        raise NotImplementedError(
-            f"impl='cuda': this version of ttt_kernels has no CUDA C++ kernels for {op}; "
-            "use impl='triton', 'eager' or 'auto'"
-        )
+        why_not = why_not_cuda(operand.device, operand.dtype)
+        if why_not is not None:
+            raise NotImplementedError(f"impl='cuda' cannot run {op} here: {why_not}")
     return impl

@@ -31,6 +31,9 @@ Status runtime_version(int* version);
 Status device_count(int* count);
 Status device_facts(int device, DeviceFacts* facts);
 
+// Makes `device` the current one, and says which one was.
+Status use_device(int device, int* previous);
+
 // Loads the module on `device` and runs one thread there; the current device stays what it was.
 Status device_image(int device, DeviceImage* image);
 

@@ -1,4 +1,5 @@
-// Decode: read one fast weight per row, and write one chunk into each. Strides count elements.
+// Decode: read one fast weight per row, and write one chunk into each. Strides count elements; D and F are
+// multiples of 8.
 #pragma once
 
 #include "ttt/call.h"
@@ -10,9 +11,10 @@ struct StepApply {
   Place place;
   Operand operand;
   std::int64_t batch, tokens, d, f, pool;
-  const void* z;  // [batch, tokens, F], features contiguous
+  const void* z;  // [batch, tokens, F], features contiguous; strides are multiples of 8, the base of 16 bytes
   std::int64_t z_batch_stride, z_token_stride;
-  const float* weight;  // [pool, D, F] contiguous
+  const float* weight;  // [pool, D, F], columns contiguous; strides are multiples of 4, the base of 16 bytes
+  std::int64_t weight_stride, row_stride;
   const float* row_scale;  // [pool, D] or null
   const std::int64_t* slots;  // [batch] or null
   void* y;  // [batch, tokens, D] contiguous
@@ -30,7 +32,8 @@ struct StepUpdate {
   std::int64_t v_batch_stride, v_token_stride;
   const float* step_size;  // [batch] or null: lr
   float lr;
-  float* weight;
+  float* weight;  // as above
+  std::int64_t weight_stride, row_stride;
   const std::int64_t* slots;
 };
 

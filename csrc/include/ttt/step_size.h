@@ -7,15 +7,14 @@ namespace ttt {
 
 enum class StepRule : int { kSpectral = 0, kClipped = 1 };
 
-// step[n] = lr / max(sigma(G_n), floor), or lr min(1, max_norm / ||G_n||_F), G_n = V_n^T Z_n. Only complete
-// chunks: `first[n]` is the index of the first token of the n-th of `chunks`, `index[n]` its place in `step`.
+// step[n] = lr / max(sigma(G_n), 1e-6), or lr min(1, max_norm / ||G_n||_F), G_n = V_n^T Z_n, of complete
+// chunks: `first[n]` is the index of the first token of the n-th.
 struct StepSize {
   Place place;
   Operand operand;
   StepRule rule;
   std::int64_t d, f, chunk, chunks;
   const std::int64_t* first;
-  const std::int64_t* index;
   const void* z;  // [tokens, F], features contiguous
   std::int64_t z_stride;
   const void* v;  // [tokens, D]
@@ -23,7 +22,7 @@ struct StepSize {
   double lr;
   int iterations;    // spectral
   double max_norm;   // clipped
-  float* step;       // [..] float32
+  float* step;       // [chunks]
   void* workspace;   // scratch of step_size_workspace(...) bytes
 };
 

@@ -61,14 +61,18 @@ Status device_facts(int device, DeviceFacts* facts) {
   return status_of(cudaSuccess);
 }
 
+Status use_device(int device, int* previous) {
+  cudaError_t error = cudaGetDevice(previous);
+  if (error == cudaSuccess && device != *previous) error = cudaSetDevice(device);
+  return status_of(error);
+}
+
 Status device_image(int device, DeviceImage* image) {
   int previous = 0;
-  cudaError_t error = cudaGetDevice(&previous);
-  if (error == cudaSuccess) error = cudaSetDevice(device);
-  if (error == cudaSuccess) {
-    error = run_probe(image);
-    cudaSetDevice(previous);
-  }
+  const Status status = use_device(device, &previous);
+  if (status.code != 0) return status;
+  const cudaError_t error = run_probe(image);
+  cudaSetDevice(previous);
   return status_of(error);
 }
 

@@ -54,7 +54,8 @@ def ridge_write(
         w0: slow weight [D, F]: `down_proj.weight`.
         proj: [D, D], used as stored, or None for the identity.
         lam: ridge, > 0.
-        eta: step size. cap: largest norm of the write as a share of that of w0; None = no cap.
+        eta: step size.
+        cap: largest norm of the write as a share of that of w0; None = no cap.
         last_k: pairs used, counted from the end; None = all.
         shift: how many tokens ahead the target lies, >= 1.
         preserve_row_norm: scale the rows.

@@ -51,8 +51,8 @@ def fast_weight_scan(
         cu_seqlens: int32 or int64 [S + 1], boundaries of S sequences packed in one row (B = 1); each
             starts from `w0` (or its `state`) and counts its own chunks.
         return_state: also return the state after the last complete chunk.
-        impl: "auto", "reference", "eager", "triton"; "cuda" raises until it exists. An explicit
-            choice never falls back. TTT_KERNELS_IMPL overrides "auto".
+        impl: "auto", "reference", "eager", "triton" or "cuda" (bfloat16 and float16, D and F multiples
+            of 8). An explicit choice never falls back. TTT_KERNELS_IMPL overrides "auto".
 
     Returns:
         y [B, T, D] in the dtype of z, and the state [B or S, D, F] (None without `return_state`).
@@ -65,7 +65,8 @@ def fast_weight_scan(
     Cost: 4 D F FLOPs per token forward, 10 D F backward, and about 8 D F / max(C, S*) bytes of state
         traffic per token (`ops/scan/heuristics.py`). Extra memory, whatever T and C: one float32 weight
         forward (one per sequence where gradients are needed), three in the backward; triton per sequence
-        two and, with operands of 16 bits, four, and up to a quarter of one where chunks are short.
+        two and, with operands of 16 bits, four, and up to a quarter of one where chunks are short; cuda per
+        sequence two and, with gradients, four.
     Limits: one derivative (the reference has more); under `create_graph=True` a gradient that does not
         depend on y comes back without a graph. Causality holds for finite values: where several
         short chunks are computed together, a NaN in one reaches the outputs of its neighbours. triton

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ttt_kernels.ops._implementations import resolve_implementation
 from ttt_kernels.ops._library import register_op
-from ttt_kernels.ops.scan import eager, eager_bwd
+from ttt_kernels.ops.scan import cuda, eager, eager_bwd
 from ttt_kernels.ops.scan.validation import check_packed_steps
 from ttt_kernels.types import compute_dtype
 
@@ -29,8 +29,8 @@ def _triton_backward(*args):
     return triton_bwd.backward(*args)
 
 
-FORWARD = {"eager": eager.forward, "triton": _triton_forward}
-BACKWARD = {"eager": eager_bwd.backward, "triton": _triton_backward}
+FORWARD = {"eager": eager.forward, "triton": _triton_forward, "cuda": cuda.forward}
+BACKWARD = {"eager": eager_bwd.backward, "triton": _triton_backward, "cuda": cuda.backward}
 
 
 def _forward(

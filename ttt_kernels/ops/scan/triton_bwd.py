@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttt_kernels.ops._row_norm import square_norm
+from ttt_kernels.ops._row_norm import initial_weight_gradient, square_norm
 from ttt_kernels.ops.scan.blocks import BlockTable, block_table
 from ttt_kernels.ops.scan.heuristics import Tiles, backward_tiles, fused_super_chunk
 from ttt_kernels.ops.scan.triton_bwd_state import (
@@ -42,7 +42,7 @@ from ttt_kernels.ops.scan.triton_bwd_super import (
 )
 from ttt_kernels.ops.scan.triton_fwd import FLOOR, load_block, row_ratio, sum_partials
 from ttt_kernels.ops.triton_launch import architecture, input_precision, launch
-from ttt_kernels.types import ceil_div, tiles
+from ttt_kernels.types import ceil_div
 
 
 @triton.jit
@@ -326,17 +326,8 @@ class Backward:
     def dw0(self, w0: Tensor, state: Tensor | None) -> Tensor:
         """dw0 = the sum of G_0 over sequences that start from it + diag(sum dr / ||W|| / ||w0||) w0."""
         self.weight = self.shadow = self.grad_shadow = self.super_chunks = None  # their memory is needed
-        if state is not None:
-            dw0 = torch.zeros_like(w0, dtype=torch.float32)
-        else:
-            dw0 = self.grad[0] if len(self.grad) == 1 else self.grad.sum(0)
-        if self.preserve:
-            # A row of zeros has no direction.
-            squares = self.w0_norms
-            pull = torch.where(squares > 0, self.norm_grad.sum(0) / torch.where(squares > 0, squares, 1), 0)
-            for rows in tiles(len(w0), 256):
-                dw0[rows].addcmul_(w0[rows].float(), pull[rows, None])
-        return dw0.to(w0.dtype)
+        norm_grad, squares = (self.norm_grad, self.w0_norms) if self.preserve else (None, None)
+        return initial_weight_gradient(w0, self.grad if state is None else None, norm_grad, squares)
 
 
 def backward(

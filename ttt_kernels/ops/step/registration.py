@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ttt_kernels.ops._implementations import resolve_implementation
 from ttt_kernels.ops._library import register_op
-from ttt_kernels.ops.step import eager
+from ttt_kernels.ops.step import cuda, eager
 from ttt_kernels.ops.step.validation import read_slots
 
 
@@ -32,23 +32,30 @@ def _triton_update(*args):
     return triton_update.update_(*args)
 
 
-APPLY = {"eager": eager.apply, "triton": _triton_apply}
-APPLY_BACKWARD = {"eager": eager.apply_backward, "triton": _triton_apply_backward}
-UPDATE = {"eager": eager.update_, "triton": _triton_update}
+APPLY = {"eager": eager.apply, "triton": _triton_apply, "cuda": cuda.apply}
+# Decoding is not trained much: "cuda" has no kernels of its own for gradients, but the library's products.
+APPLY_BACKWARD = {
+    "eager": eager.apply_backward,
+    "triton": _triton_apply_backward,
+    "cuda": eager.apply_backward,
+}
+UPDATE = {"eager": eager.update_, "triton": _triton_update, "cuda": cuda.update_}
+ON_DEVICE = (_triton_apply, _triton_apply_backward, _triton_update, cuda.apply, cuda.update_)
 
 
-def _places(slots, weight, impl, distinct):
-    """The slots as `impl` takes them. Eager needs numbers on the host, and they are checked; the kernels
+def _places(slots, weight, function, distinct):
+    """The slots as `function` takes them. Eager needs numbers on the host, and they are checked; the kernels
     read the tensor, which is checked only where that does not wait for a GPU."""
     if slots is None:
         return None
-    places = None if impl == "triton" and slots.is_cuda else read_slots(slots, len(weight), distinct=distinct)
-    return slots.contiguous() if impl == "triton" else places
+    on_device = function in ON_DEVICE
+    places = None if on_device and slots.is_cuda else read_slots(slots, len(weight), distinct=distinct)
+    return slots.contiguous() if on_device else places
 
 
 def _apply(z, weight, row_scale, slots, impl):
-    impl = resolve_implementation(impl, z, "fast_weight_apply")
-    return APPLY[impl](z, weight, row_scale, _places(slots, weight, impl, False))
+    apply = APPLY[resolve_implementation(impl, z, "fast_weight_apply")]
+    return apply(z, weight, row_scale, _places(slots, weight, apply, False))
 
 
 def _apply_fake(z, weight, row_scale, slots, impl):
@@ -56,9 +63,8 @@ def _apply_fake(z, weight, row_scale, slots, impl):
 
 
 def _apply_backward(dy, z, weight, row_scale, slots, need_pool, impl):
-    impl = resolve_implementation(impl, z, "fast_weight_apply")
-    places = _places(slots, weight, impl, False)
-    return APPLY_BACKWARD[impl](dy, z, weight, row_scale, places, need_pool)
+    backward = APPLY_BACKWARD[resolve_implementation(impl, z, "fast_weight_apply")]
+    return backward(dy, z, weight, row_scale, _places(slots, weight, backward, False), need_pool)
 
 
 def _apply_backward_fake(dy, z, weight, row_scale, slots, need_pool, impl):
@@ -68,8 +74,8 @@ def _apply_backward_fake(dy, z, weight, row_scale, slots, need_pool, impl):
 
 
 def _update(weight, z, v, step_size, lr, slots, impl):
-    impl = resolve_implementation(impl, z, "fast_weight_update_")
-    UPDATE[impl](weight, z, v, step_size, lr, _places(slots, weight, impl, True))
+    update = UPDATE[resolve_implementation(impl, z, "fast_weight_update_")]
+    update(weight, z, v, step_size, lr, _places(slots, weight, update, True))
 
 
 def _update_fake(weight, z, v, step_size, lr, slots, impl):

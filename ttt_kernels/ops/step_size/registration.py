@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ttt_kernels.ops._implementations import resolve_implementation
 from ttt_kernels.ops._library import register_op
-from ttt_kernels.ops.step_size import eager
+from ttt_kernels.ops.step_size import cuda, eager
 from ttt_kernels.ops.step_size.gram_rules import Clipped, Spectral
 from ttt_kernels.types import ceil_div, compute_dtype
 
@@ -32,8 +32,9 @@ def _triton_backward(*args):
     return triton_bwd.backward(*args)
 
 
-FORWARD = {"eager": eager.forward, "triton": _triton_forward}
-BACKWARD = {"eager": eager.backward, "triton": _triton_backward}
+# "cuda" has no kernels of its own for the gradient: it is library products of Gram matrices.
+FORWARD = {"eager": eager.forward, "triton": _triton_forward, "cuda": cuda.forward}
+BACKWARD = {"eager": eager.backward, "triton": _triton_backward, "cuda": eager.backward}
 
 
 def _forward(z, v, chunk_size, cu_seqlens, kind, lr, parameter, impl):

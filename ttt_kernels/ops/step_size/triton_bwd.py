@@ -28,11 +28,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttt_kernels.ops.step_size.chunks import complete_chunks
 from ttt_kernels.ops.step_size.gram_rules import SIGMA_FLOOR, Clipped, Spectral
 from ttt_kernels.ops.step_size.heuristics import clip_tiles, expand_tiles, iterate_tiles, project_tiles
 from ttt_kernels.ops.step_size.triton_fwd import (
     SQUARE_EPS,
-    complete_chunks,
     gram_matrices,
     iterate,
     scratch_bytes,

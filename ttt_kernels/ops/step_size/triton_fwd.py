@@ -17,7 +17,6 @@ norm_{i-1}, sums it for itself from the two vectors it reads anyway, and so no l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttt_kernels.ops.step_size.chunks import complete_chunks
 from ttt_kernels.ops.step_size.gram_rules import NORMALIZE_EPS, SIGMA_FLOOR, Clipped, Spectral
-from ttt_kernels.ops.step_size.heuristics import GRID_LIMIT, gram_tiles, group_size, iterate_tiles
+from ttt_kernels.ops.step_size.heuristics import GRID_LIMIT, gram_tiles, iterate_tiles
 from ttt_kernels.ops.triton_launch import architecture, descriptor, input_precision, launch
-from ttt_kernels.types import ceil_div, sequence_spans
+from ttt_kernels.types import ceil_div
 
 SQUARE_EPS: tl.constexpr = tl.constexpr(NORMALIZE_EPS**2)
 
@@ -131,40 +131,6 @@ def step_size_fwd_iterate_kernel(
         norm = tl.sqrt_rn(tl.maximum(tl.sum(b_square), SQUARE_EPS))
         tl.store(y_next + i_row + o_r, b_next / norm)
         tl.store(x_next + i_row + o_r, tl.load(y + i_row + o_r) / norm)
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """Complete chunks, all rows and sequences together: `first` token of each, counted through [B * T],
-    and `place` of its step size, counted through [B, columns]; int64 [n] on the device."""
-
-    first: Tensor
-    place: Tensor
-    columns: int
-
-    def groups(self, bytes_per_chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
-        size = group_size(len(self.first), bytes_per_chunk)
-        for n in range(0, len(self.first), size):
-            yield self.first[n : n + size], self.place[n : n + size]
-
-
-def complete_chunks(z: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -> Chunks:
-    """Packed: synchronises with a GPU."""
-    batch, tokens, device = z.shape[0], z.shape[1], z.device
-    if cu_seqlens is None:
-        columns = ceil_div(tokens, chunk_size)
-        row = torch.arange(batch, device=device)[:, None]
-        n = torch.arange(tokens // chunk_size, device=device)
-        first, place = row * tokens + n * chunk_size, row * columns + n
-        return Chunks(first.flatten(), place.flatten(), columns)
-    spans = sequence_spans(batch, tokens, chunk_size, cu_seqlens)
-    pairs = [
-        (span.start + n * chunk_size, span.step_offset + n)
-        for span in spans
-        for n in range(span.complete(chunk_size))
-    ]
-    first, place = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).t().contiguous().to(device)
-    return Chunks(first, place, sum(ceil_div(s.stop - s.start, chunk_size) for s in spans))
 
 
 def scratch_bytes(z: Tensor, chunk_size: int) -> int:

@@ -90,6 +90,12 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
+// A hint: brings `bytes` from `global` on into L2; both are multiples of 16.
+__device__ __forceinline__ void prefetch_l2(const void* global, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(global)), "r"(bytes)
+               : "memory");
+}
+
 // One thread. Loads the box whose first element is (plane, row, column); kBoxBytes arrive at `barrier`.
 __device__ __forceinline__ void load_box(void* shared, const TensorMap& map, int column, int row, int plane,
                                          Barrier* barrier) {
@@ -168,6 +174,13 @@ __device__ __forceinline__ void commit_products() {
 template <int kPending>
 __device__ __forceinline__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Between a wgmma on c and other accesses to it, beside the fence and the wait: the compiler knows of neither.
+template <int kCount>
+__device__ __forceinline__ void pin_registers(float (&c)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(c[i])::"memory");
 }
 
 // The warpgroup's c [64, kN] += a [64, 16] b [16, kN] (kN 128 or 256), begun, not done: c may not be touched
