@@ -276,7 +276,7 @@ SLOTS = [
      "slots must be int32 or int64, got int16"),
     ({"slots": bad(0, 6, 2)}, ValueError, "slots must be in [0, N) = [0, 6), got slots[1] = 6"),
     ({"slots": bad(0, 1, -1)}, ValueError, "slots must be in [0, N) = [0, 6), got slots[2] = -1"),
-    ({"impl": "cuda"}, NotImplementedError, "here: its kernels take bfloat16 and float16, not float32"),
+    ({"impl": "cuda"}, NotImplementedError, "impl='cuda' cannot run fast_weight_"),
     ({"weight": torch.zeros(6, D, F + 1)}, ValueError,
      "weight must have shape [N, D, F] = (N, D, 7) to match z, got (6, 5, 8)"),
     ({"weight": torch.zeros(6, D, F, dtype=DOUBLE)}, TypeError,
