@@ -10,8 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType
+from typing import NamedTuple
 
 import torch
+from source_tree import ROOT
 from torch import Tensor
 
 import ttt_kernels as ttt
@@ -147,8 +149,23 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     assert not wrong, f"bits differ in {wrong}"
 
 
-def documented_code(page: str) -> list[CodeType]:
-    """The Python blocks of a page of docs/, in order, compiled."""
-    text = (Path(__file__).parents[1] / "docs" / page).read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    return [compile(block, f"docs/{page}", "exec") for block in blocks]
+class Fence(NamedTuple):
+    """A fenced block of a document; `line` of its opening, `excuse` from a comment right above it."""
+
+    line: int
+    language: str
+    code: str
+    excuse: str
+
+
+def code_fences(document: str | Path) -> list[Fence]:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    pattern = r"^(?:<!-- not run: (.+) -->\n)?(```)(\w*)\n(.*?)^```$"
+    found = re.finditer(pattern, text, re.M | re.S)
+    return [Fence(text.count("\n", 0, m.start(2)) + 1, m[3], m[4], m[1] or "") for m in found]
+
+
+def documented_code(document: str | Path) -> list[CodeType]:
+    """The Python blocks of a document that are to run, in order, compiled with its line numbers."""
+    blocks = [f for f in code_fences(document) if f.language == "python" and not f.excuse]
+    return [compile("\n" * f.line + f.code, str(ROOT / document), "exec") for f in blocks]

@@ -6,7 +6,6 @@ import pickle
 import pytest
 import tiny_models as tiny
 import torch
-from helpers import documented_code
 from torch import Tensor, nn
 
 import ttt_kernels as ttt
@@ -324,12 +323,3 @@ def test_adapters_are_kept_or_refused():
             continue
         with ttt.adapt(model, x, **OPTIONS) as a, ttt.adapt(model_of(), x, **OPTIONS) as b:
             assert torch.equal(a.generate(**GREEDY), b.generate(**GREEDY))
-
-
-def test_documented_code_runs(capsys):
-    blocks = documented_code("adapt.md")
-    assert len(blocks) >= 2
-    scope = {}
-    for block in blocks:
-        exec(block, scope)
-    assert "largest drift" in capsys.readouterr().out

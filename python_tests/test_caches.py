@@ -6,7 +6,6 @@ import pickle
 import pytest
 import tiny_models as tiny
 import torch
-from helpers import documented_code
 from streams import V5, VARIANTS, close, model_of, static_cache, whole
 from transformers import DynamicCache
 
@@ -241,13 +240,3 @@ def test_compiled_models_do_not_stream():
     with torch.no_grad(), pytest.raises(Exception, match="compiled model .* cannot stream"):
         compiled(x, use_cache=True)
     torch._dynamo.reset()
-
-
-def test_documented_code_runs(tmp_path, monkeypatch):
-    blocks = documented_code("streaming.md")
-    assert len(blocks) == 3
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    scope = {}
-    for block in blocks:
-        exec(block, scope)

@@ -9,7 +9,6 @@ import pytest
 import tiny_models
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers import documented_code
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import (
@@ -126,14 +125,3 @@ def test_two_processes_and_one(tmp_path: Path) -> None:
     for again in (from_dcp, from_trained, ttt.from_pretrained(tmp_path / "hf")):
         assert torch.equal(again(IDS).logits, expected)
     assert not (tmp_path / "refused").exists()
-
-
-def documented(rank: int, world_size: int) -> int:
-    blocks, scope = documented_code("checkpoints.md"), {}
-    for block in blocks:
-        exec(block, scope)
-    return len(blocks)
-
-
-def test_documented_code_runs() -> None:
-    assert processes.run(documented, 1) == [5]

@@ -5,7 +5,6 @@ import re
 import pytest
 import tiny_models as tiny
 import torch
-from helpers import documented_code
 from torch import Tensor
 
 import ttt_kernels as ttt
@@ -175,14 +174,3 @@ def test_bad_arguments():
         ttt.diagnostics(tiny.patched().train(), x)
     with pytest.raises(ValueError, match="must not be disabled"), ttt.disabled(model):
         ttt.diagnostics(model, x)
-
-
-def test_documented_code_runs(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
-    blocks = documented_code("stability.md")
-    assert len(blocks) >= 3
-    scope = {}
-    for block in blocks:
-        exec(block, scope)
-    assert (tmp_path / "writes.png").exists()

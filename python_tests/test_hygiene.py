@@ -125,7 +125,7 @@ def missing_paths(text: str) -> list[str]:
     path = re.compile(r"\.?[\w-]+(/[\w.-]+)*(/|\.(py|md|toml|txt|cpp|cu|h))")
     paths = [q for q in quoted if path.fullmatch(q)]
     names = {p.name for p in project_files()}
-    bases = (ROOT, PACKAGE, ROOT / "csrc")
+    bases = (ROOT, PACKAGE, ROOT / "csrc", ROOT / "docs")
     missing = [p for p in paths if p not in names and not any((b / p).exists() for b in bases)]
     return [f"{p} does not exist" for p in missing]
 

@@ -7,7 +7,6 @@ import pickle
 import pytest
 import tiny_models as tiny
 import torch
-from helpers import documented_code
 from torch import nn
 
 import ttt_kernels as ttt
@@ -308,11 +307,3 @@ def test_copies_are_whole(clone):
     ttt.unpatch_model(twin)
     assert torch.equal(logits(twin, x), logits(tiny.build(), x))
     assert len(tiny.fast_mlps(model)) == 2 and torch.equal(logits(model, x), want)
-
-
-def test_documented_code_runs():
-    blocks = documented_code("models.md")
-    assert len(blocks) >= 3
-    scope = {}
-    for block in blocks:
-        exec(block, scope)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close, assert_same, documented_code, error, randn
+from helpers import assert_close, assert_same, error, randn
 from safetensors import safe_open
 from torch.nn.functional import silu
 
@@ -220,13 +220,6 @@ def test_memory_does_not_grow_with_tokens():
     arguments = prompt(6000, dtype=torch.float32, d=d, f=f)
     extra = extra_memory(lambda: ttt.ridge_write(*arguments), torch.device("cpu"))
     assert extra < 4 * (f * f + d * f + eager.TOKEN_TILE * d) * 1.2 < arguments[0].nbytes / 8
-
-
-def test_document_runs():
-    blocks = documented_code("ridge.md")
-    assert blocks
-    for block in blocks:
-        exec(block, {})
 
 
 # Refusals

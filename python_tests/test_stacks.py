@@ -7,7 +7,7 @@ import processes
 import pytest
 import tiny_models as tiny
 import torch
-from helpers import documented_code, error
+from helpers import error
 from torch import Tensor, nn
 
 import ttt_kernels as ttt
@@ -381,16 +381,3 @@ def test_compiles_in_one_graph_for_every_length():
     (found,) = processes.run(compiled, 1, limit_s=400)
     errors, graphs = zip(*found.values(), strict=True)
     assert max(errors) < 1e-5 and len(set(graphs)) == 1
-
-
-def documented(rank: int, world_size: int) -> int:
-    """One process with a process group is enough for all that the page does."""
-    blocks, scope = documented_code("stacks.md"), {}
-    for block in blocks:
-        exec(block, scope)
-    assert scope["model"] is not None and isinstance(scope["fast"], nn.Module)
-    return len(blocks)
-
-
-def test_documented_code_runs():
-    assert processes.run(documented, 1) == [8]

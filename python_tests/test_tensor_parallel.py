@@ -176,7 +176,7 @@ def documented_worker(rank: int, size: int) -> dict:
     model = tiny.build("llama", num_hidden_layers=3, intermediate_size=132)
     names = {"model": model, "ids": ids, "positions": positions, "mine": mine}
     names.update(z=data.z[:, mine], v=data.v[:, mine], w0=data.w0)
-    scan, models, tensor = documented_code("parallel.md")
+    scan, models, tensor = documented_code("docs/parallel.md")
     exec(scan, names)
     exec(models, names)
     found = {"y": names["y"], "state": names["state"], "whole": model(ids).logits.detach()}
