@@ -5,7 +5,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "arguments.h"
 #include "ttt/device.h"
+#if TTT_EMULATED
+#include "control.h"
+#endif
 
 namespace py = pybind11;
 
@@ -70,7 +74,7 @@ py::dict device_query() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(TTT_MODULE, m) {
   m.doc() = "Compiled part of ttt_kernels; import it through ttt_kernels._extension.";
   m.attr("version") = TTT_VERSION;
   m.attr("cuda_architectures") = cuda_architectures();
@@ -82,4 +86,12 @@ PYBIND11_MODULE(_C, m) {
         "compiled `image` it loads (such as 'sm_90a', or None) and the `error` that kept it from\n"
         "loading one. A missing driver is a reason, not an exception. Creates a CUDA context on\n"
         "every device.");
+  m.attr("emulated") = bool{TTT_EMULATED};
+#if TTT_EMULATED
+  m.def("set_schedule", &ttt::emulation::set_schedule, py::arg("order"), py::arg("timing"),
+        py::arg("seed"), "Order of threads and time of asynchronous effects; see emulation/control.h.");
+#endif
+  ttt::bindings::add_scan(m);
+  ttt::bindings::add_step(m);
+  ttt::bindings::add_step_size(m);
 }

@@ -1,0 +1,210 @@
+// A block while it runs: its threads, what they wait for, its shared memory, what is under way.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <deque>
+#include <list>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "control.h"
+#include "emulator.h"
+#include "fiber.h"
+
+namespace ttt::emulation {
+
+struct Failure : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Schedule {
+  int order = kForward;
+  int timing = kLate;
+  std::uint64_t seed = 0;
+};
+Schedule current_schedule();
+
+constexpr unsigned char kPoison = 0xff;  // as a float of any width: NaN
+constexpr std::uint32_t kSharedStart = 1024;  // shared memory's first address, as on a device
+
+// What a thread waits for. `object` tells apart what is of one kind: a barrier, a warp, ...
+struct Wait {
+  enum Kind { kNothing, kBarrier, kMeeting, kPhase, kProducts, kRegisters } kind = kNothing;
+  const void* object = nullptr;
+  std::uint32_t detail = 0;
+  std::string (*describe)(const Wait&) = nullptr;
+  Site site = {nullptr, 0};
+};
+
+// cp.async: 16 bytes, or zeros.
+struct Copy {
+  unsigned char* to;
+  const unsigned char* from;
+  int group;
+};
+
+// A box on its way from shared memory to global.
+struct BoxStore {
+  Tensor tensor;
+  const unsigned char* from;
+  BoxIndex index;
+  int group;
+  bool read, written;
+  std::vector<unsigned char> data;
+  Site site;
+};
+
+struct Thread {
+  int index = 0;
+  Wait wait;
+  bool done = false;
+  std::deque<Copy> copies;
+  int copy_group = 0;
+  std::deque<BoxStore> stores;
+  int store_group = 0;
+  bool accumulators_fenced = false;
+  int registers = 0;
+};
+
+// Lanes on their way to a call that they make together.
+struct Meeting {
+  const char* what;
+  Action action;
+  unsigned mask, arrived;
+  bool aligned;
+  Site site;
+  std::array<void*, 32> lanes;
+};
+
+struct Warp {
+  std::uint32_t ready = 0;
+  std::array<Meeting, 32> meetings;  // of disjoint masks; there is one with mask 0 whenever a lane comes
+};
+
+struct NamedBarrier {
+  int expected = 0, arrived = 0;
+};
+
+struct Phases {  // of an mbarrier
+  void* at;
+  int count, pending;
+  std::int64_t bytes;
+  std::uint32_t phase;
+  int initialiser;
+  bool fenced;
+};
+
+struct BoxLoad {
+  unsigned char* to;
+  Tensor tensor;
+  BoxIndex index;
+  Phases* barrier;
+  Site site;
+};
+
+// --- wgmma ----------------------------------------------------------------------------------------
+struct Accumulators {
+  std::array<float*, 128> c;
+  int n;
+  std::array<int, 4> last;  // by warp: its newest product that adds to them, -1 when it has got them back
+  std::vector<float> value;  // [64, n]
+};
+
+struct Product {
+  std::uint64_t a, b;
+  ProductShape shape;
+  std::shared_ptr<Accumulators> accumulators;
+  unsigned begun;  // by which warps
+  Site site;
+};
+
+struct WarpGroup {
+  std::vector<Product> products;
+  std::size_t executed = 0;
+  std::array<std::vector<int>, 4> groups;  // by warp: how many products it had begun at each commit
+  std::array<int, 4> begun = {};
+  std::list<std::shared_ptr<Accumulators>> pending;
+};
+
+class Block {
+ public:
+  Block(const std::function<void()>& kernel, dim3 grid, dim3 block, int shared);
+  ~Block();
+  void run(uint3 index);
+
+  // --- threads (block.cpp) ---
+  Thread& current() { return threads_[running_]; }
+  Warp& warp() { return warps_[running_ / 32]; }
+  WarpGroup& group() { return groups_[running_ / 128]; }
+  void block_on(const Wait& wait);  // until woken
+  void yield();                     // lets others go first
+  template <class Condition>
+  void wake(Wait::Kind kind, const void* object, const Condition& condition);
+  void barrier(int id, int count, Site site);
+  void meet(const char* what, unsigned mask, void* mine, Action action, bool aligned, Site site);
+  void thread_ended();
+
+  // --- asynchronous work (tma.cpp, wgmma.cpp) ---
+  bool advance(bool any);  // does some of what is under way; false where nothing could be done
+  void deliver(std::size_t load);
+  void read_store(BoxStore& store);
+  void write_store(BoxStore& store);
+  void arrive(Phases& phases, int arrivals, std::int64_t bytes);
+  Phases& phases(void* barrier, Site site);
+  bool execute_product(WarpGroup& group);  // the next one, if all four warps have begun it
+  void check_end();
+
+  bool chance(int one_in) { return random_() % one_in == 0; }
+
+  const std::function<void()>& kernel;
+  Schedule schedule = current_schedule();
+  std::string error;
+
+  // Shared memory as threads see it, and as the asynchronous units do. Equal where fences were not forgotten.
+  unsigned char* shared = nullptr;
+  std::vector<unsigned char> async_view;
+  std::size_t shared_size;
+  std::list<Phases> barriers;
+  std::vector<BoxLoad> loads;
+  int registers_left = 0;
+
+ private:
+  friend void fiber_main();
+  void start(uint3 index);
+  int pick();
+  void go_on();  // leaves the running thread
+  std::string deadlock() const;
+
+  std::vector<Thread> threads_;
+  std::vector<Warp> warps_;
+  std::vector<WarpGroup> groups_;
+  std::array<NamedBarrier, 16> named_;
+  std::uint32_t ready_warps_ = 0;
+  int running_ = 0, alive_ = 0;
+  uint3 grid_, size_, index_ = {};
+  std::mt19937_64 random_;
+};
+
+extern __thread Block* block;  // that runs on this thread of the operating system
+
+std::string at(Site site);
+std::string join(std::initializer_list<std::string> parts);
+// Whether [pointer, pointer + bytes) is the block's shared memory and aligned; else fails, naming `what`.
+unsigned char* checked_shared(const void* pointer, std::size_t bytes, std::size_t alignment, const char* what,
+                              Site site);
+
+template <class Condition>
+void Block::wake(Wait::Kind kind, const void* object, const Condition& condition) {
+  for (Thread& thread : threads_) {
+    if (thread.wait.kind != kind || thread.wait.object != object || !condition(thread.wait)) continue;
+    thread.wait.kind = Wait::kNothing;
+    warps_[thread.index / 32].ready |= 1u << thread.index % 32;
+    ready_warps_ |= 1u << thread.index / 32;
+  }
+}
+
+}  // namespace ttt::emulation

@@ -1,0 +1,64 @@
+// What the host loops of both directions share: checked arguments, and launches on the path asked for.
+#pragma once
+
+#include <algorithm>
+
+#include "launches.h"
+#include "ttt/host.h"
+#include "ttt/primitives/numeric.cuh"
+
+namespace ttt::scan {
+
+inline Device device_of(const ScanCall& call) {
+  Device device = {call.operand, 1, reinterpret_cast<cudaStream_t>(call.place.stream)};
+  cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, call.place.device);
+  return device;
+}
+
+// No block is longer than a chunk, nor than all tokens.
+inline std::int64_t block_tokens(const ScanCall& call) { return std::min(call.chunk, call.tokens); }
+
+// Of the blocks of launches [first, last).
+inline Shape shape_of(const ScanCall& call, std::int64_t first, std::int64_t last) {
+  const std::int64_t start = call.offsets[first];
+  return {call.blocks + start, call.offsets[last] - start, block_tokens(call), call.tokens,
+          call.sequences,      call.d,                     call.f};
+}
+
+inline std::int64_t norm_parts(const ScanCall& call) { return ceil_div(call.f, kTile); }
+
+inline bool is_operand(const void* at, std::int64_t stride) { return is_aligned(at, 16) && stride % 8 == 0; }
+
+inline Status check(const ScanCall& call) {
+#ifndef TTT_WITH_SM90
+  if (call.path == Path::kSm90) {
+    return {static_cast<int>(cudaErrorNoKernelImageForDevice), cudaGetErrorName(cudaErrorNoKernelImageForDevice),
+            "the sm_90a kernels of the scan were not compiled into this build"};
+  }
+#endif
+  if (call.d % 8 != 0 || call.f % 8 != 0) return refusal("D and F must be multiples of 8");
+  if (call.chunk < 1) return refusal("a chunk must have at least one token");
+  if (!is_operand(call.z, call.z_stride)) {
+    return refusal("z must begin at a multiple of 16 bytes and have a row stride that is a multiple of 8");
+  }
+  if (!is_operand(call.v, call.v_stride)) {
+    return refusal("v must begin at a multiple of 16 bytes and have a row stride that is a multiple of 8");
+  }
+  return status_of(cudaSuccess);
+}
+
+// The launchers of a path.
+struct Launchers {
+  decltype(&sm80::forward_step) forward_step;
+  decltype(&sm80::state_step) state_step;
+  decltype(&sm80::token_step) token_step;
+};
+
+inline Launchers launchers_of([[maybe_unused]] Path path) {
+#ifdef TTT_WITH_SM90
+  if (path == Path::kSm90) return {sm90::forward_step, sm90::state_step, sm90::token_step};
+#endif
+  return {sm80::forward_step, sm80::state_step, sm80::token_step};
+}
+
+}  // namespace ttt::scan

@@ -1,0 +1,145 @@
+// Backward on Hopper, tiles [d, f] of the state (StateUse, as state_step.cu): 128 x 256 of A^T Z, K = tokens,
+// on the pipeline of sm90_pipeline.cuh. The assistants bring what the end of the tile reads into L2.
+//
+// Cost of a tile over C tokens: 16 C cycles of wgmma, then at 64 B a cycle to and from L2 5 thousand
+// (enter), 2 (products), 5 or with c 7 (leave).
+#include "sm90_tiles.cuh"
+
+namespace ttt::scan::sm90 {
+namespace {
+
+struct StateArguments {
+  TensorMap a, z, shadow;  // the shadow that is written, if any
+  StateStep step;
+  Schedule schedule;
+};
+
+template <class T, StateUse kUse>
+struct StateTiles {
+  const StateArguments& arguments;
+
+  struct Tile {
+    TilePlace place;
+    ScanBlock block;
+    std::int64_t tokens;  // K
+    const float* base;    // of kEnter
+  };
+
+  __device__ __forceinline__ Schedule schedule() const { return arguments.schedule; }
+
+  __device__ __forceinline__ Tile tile(int index) const {
+    const StateStep& step = arguments.step;
+    const TilePlace place = tile_place(index, step.shape.d, step.shape.f);
+    const ScanBlock block = step.shape.blocks[place.block];
+    if constexpr (kUse != StateUse::kEnter) return {place, block, block.tokens, nullptr};
+    const bool subtracts = !block.last || step.carried_is_final;
+    return {place, block, subtracts ? block.written : 0, block.last ? step.carried : step.weight};
+  }
+
+  __device__ __forceinline__ void load(Producer& producer, int index) const {
+    const auto [place, block, tokens, base] = tile(index);
+    producer.load<Major::kMN, Major::kMN>({arguments.a, place.row, block.first, 0},
+                                          {arguments.z, place.column, block.first, 0}, tokens);
+  }
+
+  __device__ __forceinline__ void assist(Storage&, int index, int assistant) const {
+    const auto [place, block, tokens, base] = tile(index);
+    const StateStep& step = arguments.step;
+    const auto prefetch = [&, sequence = block.sequence, at = place](const float* state) {
+      prefetch_tile(state, step.shape, sequence, at, assistant);
+    };
+    if (kUse == StateUse::kEnter) prefetch(base);
+    if (kUse == StateUse::kLeave) prefetch(step.grad);
+    if (kUse == StateUse::kProducts || (kUse == StateUse::kLeave && step.ratio)) prefetch(step.weight);
+    named_barrier(kReady, kConsumers + kAssistants);  // not further ahead than the next tile
+  }
+
+  __device__ __forceinline__ void consume(Consumer& consumer, int index) const {
+    const auto [place, block, tokens, base] = tile(index);
+    const StateStep& step = arguments.step;
+    float c[kSums] = {};
+    consumer.multiply<T, Major::kMN, Major::kMN>(c, tokens);
+    named_barrier(kReady, kConsumers + kAssistants);
+    const StateTile state(step.shape, block.sequence, place, consumer);
+    if constexpr (kUse == StateUse::kEnter) {
+      const float scale = tokens > 0 ? -step_of(step.steps, block) : 0.0f;
+      store_state<T>(c, consumer, step.shape, state, scale, base, step.weight, arguments.shadow, step.norms);
+    }
+    if constexpr (kUse == StateUse::kProducts) sum_products(c, consumer, state);
+    if constexpr (kUse == StateUse::kLeave) leave(c, consumer, state);
+  }
+
+  __device__ __forceinline__ void sum_products(const float (&c)[kSums], const Consumer& consumer,
+                                               const StateTile& state) const {
+    const StateStep& step = arguments.step;
+    RowSums sums;
+    for_each_part(c, [&](int part, const Quad(&x)[kQuads]) {
+      Quad w[kQuads];
+      load_part(w, step.weight + state.at + part * kBox, state.left - part * kBox);
+      float sum = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kQuads; ++j) sum = add_products(sum, w[j], x[j]);
+      sums.add(consumer, step.shape, state, part, sum, step.products);
+    });
+  }
+
+  __device__ __forceinline__ void leave(const float (&c)[kSums], Consumer& consumer, const StateTile& state) const {
+    const StateStep& step = arguments.step;
+    const std::int64_t row = state.row + consumer.row(), place = state.plane * step.shape.d + row;
+    const bool scales = step.ratio && row < step.shape.d;
+    const float ratio = scales ? step.ratio[place] : 1.0f, pull = scales ? step.pull[place] : 0.0f;
+    for_each_part(c, [&](int part, Quad(&x)[kQuads]) {
+      const std::int64_t at = state.at + part * kBox;
+      const int left = state.left - part * kBox;
+      Quad other[kQuads];
+      if (scales) {
+        load_part(other, step.weight + at, left);
+#pragma unroll
+        for (int j = 0; j < kQuads; ++j) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) x[j].at[i] = fmaf(-pull, other[j].at[i], ratio * x[j].at[i]);
+        }
+      }
+      load_part(other, step.grad + at, left);
+#pragma unroll
+      for (int j = 0; j < kQuads; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[j].at[i] += other[j].at[i];
+        if (8 * j < left) store_vector(step.grad + at + 8 * j, x[j]);
+      }
+      store_part(consumer, state.output<T>(arguments.shadow, step.shape), part, x);
+    });
+  }
+};
+
+template <class T, StateUse kUse>
+__global__ void __launch_bounds__(kThreads, 1)
+    sm90_scan_bwd_state_kernel(const __grid_constant__ StateArguments arguments) {
+  run(StateTiles<T, kUse>{arguments});
+}
+
+template <StateUse kUse>
+cudaError_t launch_use(const StateArguments& arguments, const Device& device) {
+  return launch_tiles(device, arguments.schedule, sm90_scan_bwd_state_kernel<bfloat16, kUse>,
+                      sm90_scan_bwd_state_kernel<float16, kUse>, arguments);
+}
+
+}  // namespace
+
+cudaError_t state_step(const StateStep& step, const Device& device) {
+  const Shape& shape = step.shape;
+  StateArguments arguments = {};
+  arguments.step = step;
+  arguments.schedule.longs = count_tiles(shape, shape.d, shape.f);
+  MapMaker maps = {device.operand == Operand::kBfloat16};
+  maps.rows(&arguments.a, step.a, shape.tokens, shape.d);
+  maps.rows(&arguments.z, step.z, shape.tokens, shape.f);
+  if (step.use == StateUse::kEnter) maps.states(&arguments.shadow, step.shadow, shape);
+  if (step.use == StateUse::kLeave) maps.states(&arguments.shadow, step.grad_shadow, shape);
+  if (maps.error != cudaSuccess) return maps.error;
+  if (step.use == StateUse::kEnter) return launch_use<StateUse::kEnter>(arguments, device);
+  if (step.use == StateUse::kProducts) return launch_use<StateUse::kProducts>(arguments, device);
+  return launch_use<StateUse::kLeave>(arguments, device);
+}
+
+}  // namespace ttt::scan::sm90

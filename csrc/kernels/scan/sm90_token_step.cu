@@ -1,0 +1,153 @@
+// Backward on Hopper, tiles of tokens (as token_step.cu), 128 tokens x 256 on the pipeline of
+// sm90_pipeline.cuh:
+//
+//   value [t, d]  P = Z G^T, K = F: both along K; dV = s P, and sums of V * P
+//   key [t, f]    dZ = s V G + dY' W, K = D twice: V and dY' along K, rows of G and W are K
+//
+// The two products of a key tile run through the pipeline as one: the producer goes straight on to the
+// second, the consumers scale their accumulators between.
+#include "sm90_tiles.cuh"
+
+namespace ttt::scan::sm90 {
+namespace {
+
+struct TokenArguments {
+  TensorMap z, v, dy, shadow, grad_shadow, dz, dv;
+  TokenStep step;
+  Schedule schedule;
+};
+
+template <class T>
+struct TokenTiles {
+  const TokenArguments& arguments;
+
+  struct Tile {
+    bool is_value, is_reached;
+    TilePlace place;
+    ScanBlock block;
+    std::int64_t rows;  // of the block from the tile's first on
+  };
+
+  __device__ __forceinline__ Schedule schedule() const { return arguments.schedule; }
+
+  __device__ __forceinline__ Tile tile(int index) const {
+    const TokenStep& step = arguments.step;
+    const Shape& shape = step.shape;
+    const int values = arguments.schedule.longs;
+    const bool is_value = index < values;
+    const TilePlace place = tile_place(is_value ? index : index - values, shape.block_tokens,
+                                       is_value ? shape.d : shape.f);
+    const ScanBlock block = shape.blocks[place.block];
+    const bool is_reached = block.written > 0 && (step.has_dstate || !block.last);
+    return {is_value, is_reached, place, block, block.tokens - place.row};
+  }
+
+  __device__ __forceinline__ void load(Producer& producer, int index) const {
+    const auto [is_value, is_reached, place, block, rows] = tile(index);
+    const TokenStep& step = arguments.step;
+    if (rows <= 0) return;
+    const std::int64_t row = block.first + place.row;
+    const Source grad = {arguments.grad_shadow, place.column, 0, block.sequence};
+    if (is_value) {
+      if (is_reached) producer.load<Major::kK, Major::kK>({arguments.z, row, 0, 0}, grad, step.shape.f);
+      return;
+    }
+    if (is_reached) producer.load<Major::kK, Major::kMN>({arguments.v, row, 0, 0}, grad, step.shape.d);
+    const std::int64_t first = step.dy_is_local ? place.block * step.shape.block_tokens : block.first;
+    producer.load<Major::kK, Major::kMN>({arguments.dy, first + place.row, 0, 0},
+                                         {arguments.shadow, place.column, 0, block.sequence}, step.shape.d);
+  }
+
+  __device__ __forceinline__ void assist(Storage&, int, int) const {}
+
+  __device__ __forceinline__ void consume(Consumer& consumer, int index) const {
+    const auto [is_value, is_reached, place, block, rows] = tile(index);
+    const TokenStep& step = arguments.step;
+    const Shape& shape = step.shape;
+    if (rows <= 0) return;
+    const std::int64_t row = block.first + place.row;
+    const float scale = is_reached ? step_of(step.steps, block) : 0.0f;
+    float c[kSums] = {};
+    if (is_value) {
+      if (is_reached) consumer.multiply<T, Major::kK, Major::kK>(c, shape.f);
+      if (is_reached && step.dstep_parts) sum_values(c, consumer, place, row, rows);
+    } else if (is_reached) {
+      consumer.multiply<T, Major::kK, Major::kMN>(c, shape.d);
+    }
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) c[i] *= scale;
+    if (!is_value) consumer.multiply<T, Major::kK, Major::kMN>(c, shape.d);
+    const std::int64_t width = is_value ? shape.d : shape.f;
+    T* const at = static_cast<T*>(is_value ? step.dv : step.dz) + row * width + place.column;
+    const Output<T> output = {is_value ? arguments.dv : arguments.dz, 0, static_cast<int>(row),
+                              static_cast<int>(place.column), static_cast<int>(rows),
+                              static_cast<int>(width - place.column), at, width};
+    for_each_part(c, [&](int part, const Quad(&x)[kQuads]) { store_part(consumer, output, part, x); });
+  }
+
+  // The sums of V * c over 128 columns each, in the order of lanes, then warps.
+  __device__ __forceinline__ void sum_values(const float (&c)[kSums], const Consumer& consumer,
+                                             const TilePlace& place, std::int64_t row, std::int64_t rows) const {
+    const TokenStep& step = arguments.step;
+    const Shape& shape = step.shape;
+    const T* const v = static_cast<const T*>(step.v.at) + (row + consumer.row()) * step.v.stride + place.column;
+    float sums[kTileN / kTile] = {};
+    for_each_part(c, [&](int part, const Quad(&x)[kQuads]) {
+      const int column = consumer.column() + part * kBox;
+#pragma unroll
+      for (int j = 0; j < kQuads; ++j) {
+        if (consumer.row() >= rows || place.column + column + 8 * j >= shape.d) continue;
+        const auto values = load_vector<T, 4>(v + column + 8 * j);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[part / 2] = fmaf(to_float(values.at[i]), x[j].at[i], sums[part / 2]);
+      }
+    });
+    auto& warps = consumer.storage.sums;
+    named_barrier(kAllConsumers, kConsumers);  // those of the tile before are read
+#pragma unroll
+    for (int i = 0; i < kTileN / kTile; ++i) {
+      const float sum = sum_lanes<kWarp>(sums[i]);
+      if (consumer.lane() == 0) warps[consumer.group * kGroup / kWarp + consumer.warp()][i] = sum;
+    }
+    named_barrier(kAllConsumers, kConsumers);
+    const std::int64_t tile_rows = ceil_div(shape.block_tokens, kTile), columns = ceil_div(shape.d, kTile);
+    const std::int64_t column = place.column / kTile + consumer.thread;
+    if (consumer.group == 0 && consumer.thread < kTileN / kTile && column < columns) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kConsumers / kWarp; ++i) sum += warps[i][consumer.thread];
+      step.dstep_parts[(place.block * tile_rows + place.row / kTile) * columns + column] = sum;
+    }
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    sm90_scan_bwd_token_kernel(const __grid_constant__ TokenArguments arguments) {
+  run(TokenTiles<T>{arguments});
+}
+
+}  // namespace
+
+cudaError_t token_step(const TokenStep& step, const Device& device) {
+  const Shape& shape = step.shape;
+  TokenArguments arguments = {};
+  arguments.step = step;
+  MapMaker maps = {device.operand == Operand::kBfloat16};
+  maps.rows(&arguments.z, step.z, shape.tokens, shape.f);
+  maps.rows(&arguments.v, step.v, shape.tokens, shape.d);
+  maps.rows(&arguments.dy, step.dy, step.dy_is_local ? shape.count * shape.block_tokens : shape.tokens, shape.d);
+  maps.states(&arguments.shadow, step.shadow, shape);
+  maps.states(&arguments.grad_shadow, step.grad_shadow, shape);
+  maps.rows(&arguments.dz, {step.dz, shape.f}, shape.tokens, shape.f);
+  maps.rows(&arguments.dv, {step.dv, shape.d}, shape.tokens, shape.d);
+  if (maps.error != cudaSuccess) return maps.error;
+  Schedule& schedule = arguments.schedule;
+  schedule.longs = count_tiles(shape, shape.block_tokens, shape.d);
+  schedule.shorts = count_tiles(shape, shape.block_tokens, shape.f);
+  schedule.worth = static_cast<int>(shape.f / (2 * shape.d));
+  return launch_tiles(device, schedule, sm90_scan_bwd_token_kernel<bfloat16>, sm90_scan_bwd_token_kernel<float16>,
+                      arguments);
+}
+
+}  // namespace ttt::scan::sm90
