@@ -43,6 +43,7 @@ void norms(const py::kwargs& kwargs) {
   call.d = a.take<std::int64_t>("d");
   call.f = a.take<std::int64_t>("f");
   call.sequences = a.take<std::int64_t>("sequences");
+  call.chunk = 1;  // no token is read
   const auto* weight = a.pointer<const float>("weight");
   auto* into = a.pointer<float>("norms");
   a.finish();

@@ -61,6 +61,7 @@ void fiber_main() {
 Block::Block(const std::function<void()>& kernel_, dim3 grid, dim3 size, int shared_bytes)
     : kernel(kernel_),
       shared_size(static_cast<std::size_t>(std::max(0, shared_bytes - 1024))),
+      known(size.x * size.y * size.z),
       threads_(size.x * size.y * size.z),
       warps_((threads_.size() + 31) / 32),
       groups_((threads_.size() + 127) / 128),
@@ -293,7 +294,9 @@ void* shared_memory(std::size_t bytes) {
 }
 
 std::uint32_t shared_offset(const void* pointer) {
-  return kSharedStart + static_cast<std::uint32_t>(static_cast<const unsigned char*>(pointer) - block->shared);
+  const auto offset = reinterpret_cast<std::uintptr_t>(pointer) - reinterpret_cast<std::uintptr_t>(block->shared);
+  if (offset > block->shared_size) fail("the shared address of what is not in shared memory");
+  return kSharedStart + static_cast<std::uint32_t>(offset);
 }
 
 unsigned char* checked_shared(const void* pointer, std::size_t bytes, std::size_t alignment, const char* what,

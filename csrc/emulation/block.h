@@ -45,6 +45,7 @@ struct Copy {
   unsigned char* to;
   const unsigned char* from;
   int group;
+  Site site;
 };
 
 // A box on its way from shared memory to global.
@@ -122,6 +123,12 @@ struct Product {
   Site site;
 };
 
+// Accumulators a thread has used before, and what they held at its last fence_accumulators.
+struct KnownAccumulators {
+  const float* c;
+  std::vector<float> fenced;
+};
+
 struct WarpGroup {
   std::vector<Product> products;
   std::size_t executed = 0;
@@ -138,6 +145,7 @@ class Block {
 
   // --- threads (block.cpp) ---
   Thread& current() { return threads_[running_]; }
+  Thread& thread(int index) { return threads_[index]; }
   Warp& warp() { return warps_[running_ / 32]; }
   WarpGroup& group() { return groups_[running_ / 128]; }
   void block_on(const Wait& wait);  // until woken
@@ -171,6 +179,9 @@ class Block {
   std::list<Phases> barriers;
   std::vector<BoxLoad> loads;
   int registers_left = 0;
+  std::vector<std::vector<KnownAccumulators>> known;  // by thread; a kernel's frame is alike in every block
+
+  bool store_reads(const unsigned char* box, std::size_t bytes) const;
 
  private:
   friend void fiber_main();

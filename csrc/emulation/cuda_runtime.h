@@ -15,8 +15,6 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
-#define __align__(n) alignas(n)
 
 // --- vectors --------------------------------------------------------------------------------------
 struct alignas(8) float2 { float x, y; };

@@ -122,6 +122,10 @@ void touch_global(const void* global, int bytes, Site site) {
 void Block::deliver(std::size_t which) {
   const BoxLoad load = loads[which];
   loads.erase(loads.begin() + static_cast<std::ptrdiff_t>(which));
+  const auto untouched = [](unsigned char byte) { return byte == kPoison; };
+  if (!std::all_of(load.to, load.to + kBytes, untouched)) {
+    fail("shared memory was written while a load into it was under way", load.site);
+  }
   unsigned char* other = async_view.data() + (load.to - shared);
   std::memset(load.to, 0, kBytes);
   for_each_piece(load.tensor, load.index, [&](unsigned char* global, std::int64_t place, std::size_t bytes) {
@@ -137,10 +141,23 @@ void load_box(void* into, const Tensor& tensor, BoxIndex index, void* barrier, S
   Phases& phases = block->phases(barrier, site);
   if (!phases.fenced) fail("load_box at an mbarrier without fence_barrier_init", site);
   if (!published(to, kBytes)) fail("load_box over ordinary stores without fence_async_shared", site);
+  for (const BoxLoad& load : block->loads) {
+    if (load.to < to + kBytes && to < load.to + kBytes) fail(join({"load_box over a load that is under way", at(load.site)}), site);
+  }
+  if (block->store_reads(to, kBytes)) fail("load_box over what a store may still read", site);
   std::memset(to, kPoison, kBytes);  // it may be written from now on
   std::memset(block->async_view.data() + (to - block->shared), kPoison, kBytes);
   block->loads.push_back({to, tensor, index, &phases, site});
   if (block->schedule.timing == kEarly) block->deliver(block->loads.size() - 1);
+}
+
+bool Block::store_reads(const unsigned char* box, std::size_t bytes) const {
+  for (const Thread& thread : threads_) {
+    for (const BoxStore& store : thread.stores) {
+      if (!store.read && store.from < box + bytes && box < store.from + kBytes) return true;
+    }
+  }
+  return false;
 }
 
 void Block::read_store(BoxStore& store) {

@@ -1,4 +1,5 @@
 // cp.async, ldmatrix and mma.sync (sm_80).
+#include <algorithm>
 #include <cstring>
 
 #include "block.h"
@@ -93,8 +94,11 @@ void multiply_lanes(void* const* lanes, unsigned) {
 void copy_async_16(void* shared, const void* global, bool valid, Site site) {
   Thread& thread = block->current();
   unsigned char* to = checked_shared(shared, 16, 16, "cp.async", site);
-  if (reinterpret_cast<std::uintptr_t>(global) % 16 != 0) fail("cp.async from an address that is no multiple of 16", site);
-  const Copy copy = {to, valid ? static_cast<const unsigned char*>(global) : nullptr, thread.copy_group};
+  if (reinterpret_cast<std::uintptr_t>(global) % 16 != 0) {
+    fail("cp.async from an address that is no multiple of 16", site);
+  }
+  const Copy copy = {to, valid ? static_cast<const unsigned char*>(global) : nullptr, thread.copy_group,
+                     site};
   const int timing = block->schedule.timing;
   if (timing == kEarly || (timing == kRandomTiming && block->chance(2))) {
     deliver(copy);
@@ -109,7 +113,12 @@ void commit_copies() { ++block->current().copy_group; }
 void wait_copies(int pending) {
   Thread& thread = block->current();
   while (!thread.copies.empty() && thread.copies.front().group < thread.copy_group - pending) {
-    deliver(thread.copies.front());
+    const Copy& copy = thread.copies.front();
+    const auto untouched = [](unsigned char byte) { return byte == kPoison; };
+    if (!std::all_of(copy.to, copy.to + 16, untouched)) {
+      fail("shared memory was written while cp.async into it was under way", copy.site);
+    }
+    deliver(copy);
     thread.copies.pop_front();
   }
 }

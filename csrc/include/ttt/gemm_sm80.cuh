@@ -125,7 +125,7 @@ __device__ __forceinline__ void multiply_slab(Accumulator& c, const T* a, const 
     for (int i = 0; i < kWarpM / 16; ++i) {
 #pragma unroll
       for (int j = 0; j < kWarpN / 8; ++j) {
-        const std::uint32_t(&fragment)[4] = fragment_b[j / 2];
+        const std::uint32_t (&fragment)[4] = fragment_b[j / 2];
         multiply_add<T>(c.at[i][j], fragment_a[i], fragment[j % 2 * 2], fragment[j % 2 * 2 + 1]);
       }
     }
@@ -171,7 +171,7 @@ __device__ __forceinline__ void for_each_row(const Accumulator& c, const F& f) {
     Quad quads[kQuads];
 #pragma unroll
     for (int j = 0; j < kQuads; ++j) {
-      const float(&x)[4] = c.at[i][j];
+      const float (&x)[4] = c.at[i][j];
       quads[j] = gather_quad(x[0], x[1], x[2], x[3]);
     }
     f(warp_row() + 16 * i + lane / 4 + 8 * (lane % 2), warp_column() + lane % 4 / 2 * 4, quads);

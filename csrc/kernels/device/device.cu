@@ -18,7 +18,7 @@ constexpr int kSpecific = 0;
 
 __device__ DeviceImage probed_image;
 
-__global__ void device_image_kernel() {
+__global__ void __launch_bounds__(1) device_image_kernel() {
 #ifdef __CUDA_ARCH__
   probed_image = {__CUDA_ARCH__ / 10, kSpecific};
 #endif

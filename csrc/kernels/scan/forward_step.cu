@@ -4,7 +4,7 @@
 // in float32 and in place, since every tile is its own. The rounded copy of W_{n+1} goes to a second buffer,
 // because the first is still read, and so do the row sums of its squares, from which the next launch makes r.
 // Blocks of threads stay and take tile after tile, apply tiles first: they are the longer ones (F / 32 slabs
-// against tokens / 32), and write tiles fill the last wave.
+// against tokens / 32), and write tiles even out what they leave.
 //
 // Cost of a block of C tokens: 4 C D F FLOPs; 10 D F bytes of state (float32 in and out, shadow out) and 2 of
 // the shadow read.
@@ -13,8 +13,14 @@
 namespace ttt::scan::sm80 {
 namespace {
 
+// What reading and writing a tile of the state takes, in slabs: 160 KiB at the bandwidth of a
+// multiprocessor's share of the memory against 1 MFLOP at that of its tensor cores. Only the balance depends
+// on it.
+constexpr int kStateSlabs = 24;
+
 // The row scale of column d of y, by thread d of the block.
-__device__ __forceinline__ float column_ratio(const ForwardStep& step, std::int64_t sequence, std::int64_t d) {
+__device__ __forceinline__ float column_ratio(const ForwardStep& step, std::int64_t sequence,
+                                              std::int64_t d) {
   if (step.w0_norms == nullptr || d >= step.shape.d) return 1.0f;
   const std::int64_t parts = ceil_div(step.shape.f, kTile);
   const float norm = sum_parts(step.norms + sequence * parts * step.shape.d + d, parts, step.shape.d);
@@ -22,7 +28,8 @@ __device__ __forceinline__ float column_ratio(const ForwardStep& step, std::int6
 }
 
 template <class T>
-__device__ __forceinline__ void apply_tile(const ForwardStep& step, Storage<T>& shared, const TilePlace& place) {
+__device__ __forceinline__ void apply_tile(const ForwardStep& step, Storage<T>& shared,
+                                           const TilePlace& place) {
   const Shape& shape = step.shape;
   const ScanBlock block = shape.blocks[place.block];
   const std::int64_t t = place.row * kBlockT, d = place.column * kBlockD, f = shape.f;
@@ -48,7 +55,8 @@ __device__ __forceinline__ void apply_tile(const ForwardStep& step, Storage<T>& 
 }
 
 template <class T>
-__device__ __forceinline__ void write_tile(const ForwardStep& step, Storage<T>& shared, const TilePlace& place) {
+__device__ __forceinline__ void write_tile(const ForwardStep& step, Storage<T>& shared,
+                                           const TilePlace& place) {
   const ScanBlock block = step.shape.blocks[place.block];
   if (block.written == 0 || (block.last && !step.write_last)) return;
   const float scale = step.steps.step_size ? step.steps.step_size[block.chunk] : step.steps.lr;
@@ -66,16 +74,15 @@ __host__ __device__ std::int64_t apply_tiles(const Shape& shape) {
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) scan_fwd_step_kernel(const ForwardStep step) {
   auto& shared = shared_storage<Storage<T>>();
-  const std::int64_t applies = apply_tiles(step.shape);
-  const std::int64_t tiles = applies + (step.write ? state_tiles(step.shape) : 0);
-  for (std::int64_t i = blockIdx.x; i < tiles; i += gridDim.x) {
-    if (i < applies) {
-      apply_tile(step, shared, tile_place(i, ceil_div(step.shape.block_tokens, kBlockT),
-                                          ceil_div(step.shape.d, kBlockD)));
-    } else {
-      write_tile(step, shared, state_place(step.shape, i - applies));
-    }
-  }
+  const Shape& shape = step.shape;
+  deal_tiles(
+      apply_tiles(shape), step.write ? state_tiles(shape) : 0,
+      tile_worth(slabs(shape.f), slabs(shape.block_tokens) + kStateSlabs),
+      [&](std::int64_t i) {
+        apply_tile(step, shared,
+                   tile_place(i, ceil_div(shape.block_tokens, kBlockT), ceil_div(shape.d, kBlockD)));
+      },
+      [&](std::int64_t i) { write_tile(step, shared, state_place(shape, i)); });
 }
 
 }  // namespace

@@ -79,17 +79,17 @@ struct StateStep {
   Shape shape;
   StateUse use;
   Rows a, z;
-  Steps steps;             // kEnter
-  const float* carried;    // kEnter
-  bool carried_is_final;   // kEnter
+  Steps steps;            // kEnter
+  const float* carried;   // kEnter
+  bool carried_is_final;  // kEnter
   float* weight;
-  void* shadow;            // kEnter
-  float* norms;            // kEnter: [sequences, parts, D], or null
-  float* products;         // kProducts: [sequences, parts, D]
-  const float* ratio;      // kLeave: [sequences, D], or null
-  const float* pull;       // kLeave: [sequences, D], or null
-  float* grad;             // kLeave
-  void* grad_shadow;       // kLeave
+  void* shadow;        // kEnter
+  float* norms;        // kEnter: [sequences, parts, D], or null
+  float* products;     // kProducts: [sequences, parts, D]
+  const float* ratio;  // kLeave: [sequences, D], or null
+  const float* pull;   // kLeave: [sequences, D], or null
+  float* grad;         // kLeave
+  void* grad_shadow;   // kLeave
 };
 
 // Tiles of tokens, the first kind first. `reached` = written, but 0 for a last block without has_dstate:

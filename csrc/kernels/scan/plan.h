@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "launches.h"
+#include "small.h"
 #include "ttt/host.h"
 #include "ttt/primitives/numeric.cuh"
 
@@ -21,19 +22,31 @@ inline std::int64_t block_tokens(const ScanCall& call) { return std::min(call.ch
 // Of the blocks of launches [first, last).
 inline Shape shape_of(const ScanCall& call, std::int64_t first, std::int64_t last) {
   const std::int64_t start = call.offsets[first];
-  return {call.blocks + start, call.offsets[last] - start, block_tokens(call), call.tokens,
-          call.sequences,      call.d,                     call.f};
+  const std::int64_t count = call.offsets[last] - start;
+  return {call.blocks + start, count, block_tokens(call), call.tokens, call.sequences, call.d, call.f};
+}
+
+inline RoundStates states_of(const ScanCall& call, const void* source) {
+  RoundStates states = {};
+  states.source = source;
+  states.source_is_float32 = true;
+  states.plane_stride = call.d * call.f;
+  states.planes = call.sequences;
+  states.d = call.d;
+  states.f = call.f;
+  return states;
 }
 
 inline std::int64_t norm_parts(const ScanCall& call) { return ceil_div(call.f, kTile); }
 
 inline bool is_operand(const void* at, std::int64_t stride) { return is_aligned(at, 16) && stride % 8 == 0; }
 
+// What every entry point wants of a call.
 inline Status check(const ScanCall& call) {
 #ifndef TTT_WITH_SM90
   if (call.path == Path::kSm90) {
-    return {static_cast<int>(cudaErrorNoKernelImageForDevice), cudaGetErrorName(cudaErrorNoKernelImageForDevice),
-            "the sm_90a kernels of the scan were not compiled into this build"};
+    constexpr cudaError_t missing = cudaErrorNoKernelImageForDevice;
+    return {missing, cudaGetErrorName(missing), "the sm_90a kernels of the scan are not in this build"};
   }
 #endif
   if (call.d % 8 != 0 || call.f % 8 != 0) return refusal("D and F must be multiples of 8");

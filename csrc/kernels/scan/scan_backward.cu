@@ -11,7 +11,6 @@
 //
 // The carried state is read by the last block of each sequence and never modified.
 #include "plan.h"
-#include "small.h"
 
 namespace ttt {
 namespace scan {
@@ -21,8 +20,9 @@ namespace {
 struct Workspace {
   float *norms, *products;  // [sequences, parts, D]
   float *ratio, *pull;      // [sequences, D]
-  void* scaled;             // dY' of one launch
-  float* dstep_parts;       // of all blocks
+  void* scaled;             // dY', of one launch where that is less than of all tokens
+  bool scaled_is_local;
+  float* dstep_parts;  // of all blocks
   std::int64_t bytes;
 };
 
@@ -36,16 +36,17 @@ Workspace cut_workspace(const ScanBackward& p) {
   const auto take = [&](std::int64_t bytes) {
     const std::int64_t at = work.bytes;
     work.bytes += ceil_div(bytes, 256) * 256;
-    return reinterpret_cast<float*>(reinterpret_cast<std::uintptr_t>(p.workspace) + static_cast<std::uintptr_t>(at));
+    return reinterpret_cast<float*>(reinterpret_cast<std::uintptr_t>(p.workspace) +
+                                    static_cast<std::uintptr_t>(at));
   };
   if (call.preserve_row_norm) {
-    std::int64_t widest = 0;
-    for (std::int64_t n = 0; n < call.launches; ++n) widest = std::max(widest, shape_of(call, n, n + 1).count);
+    const std::int64_t widest = call.launches > 0 ? shape_of(call, 0, 1).count : 0;  // later ones lack some
     work.norms = take(4 * call.sequences * norm_parts(call) * call.d);
     work.products = take(4 * call.sequences * norm_parts(call) * call.d);
     work.ratio = take(4 * call.sequences * call.d);
     work.pull = take(4 * call.sequences * call.d);
-    work.scaled = take(2 * widest * block_tokens(call) * call.d);
+    work.scaled_is_local = widest * block_tokens(call) < call.tokens;
+    work.scaled = take(2 * std::min(widest * block_tokens(call), call.tokens) * call.d);
   }
   if (call.step_size) work.dstep_parts = take(4 * call.offsets[call.launches] * dstep_tiles(call));
   return work;
@@ -54,13 +55,21 @@ Workspace cut_workspace(const ScanBackward& p) {
 class Backward {
  public:
   Backward(const ScanBackward& p, const Device& device)
-      : p_(p), call_(p.call), device_(device), launchers_(launchers_of(p.call.path)), work_(cut_workspace(p)) {}
+      : p_(p),
+        call_(p.call),
+        device_(device),
+        launchers_(launchers_of(p.call.path)),
+        work_(cut_workspace(p)) {}
 
   cudaError_t run() {
     if (call_.preserve_row_norm) {
-      try_(cudaMemsetAsync(p_.norm_grad, 0, 4 * call_.sequences * call_.d, device_.stream));
+      keep(cudaMemsetAsync(p_.norm_grad, 0, 4 * call_.sequences * call_.d, device_.stream));
     }
-    if (p_.has_dstate) try_(round_states(states(p_.grad, true, nullptr, p_.grad_shadow, nullptr), device_));
+    if (p_.has_dstate) {
+      RoundStates states = states_of(call_, p_.grad);
+      states.shadow = p_.grad_shadow;
+      keep(round_states(states, device_));
+    }
     for (std::int64_t n = call_.launches - 1; n >= 0 && error_ == cudaSuccess; --n) {
       shape_ = shape_of(call_, n, n + 1);
       enter(n);
@@ -70,18 +79,15 @@ class Backward {
     }
     if (p_.dstep) {
       const Shape all = shape_of(call_, 0, call_.launches);
-      try_(sum_steps({all, p_.has_dstate, work_.dstep_parts, p_.dstep}, device_));
+      keep(sum_steps({all, p_.has_dstate, work_.dstep_parts, p_.dstep}, device_));
     }
     return error_;
   }
 
  private:
-  void try_(cudaError_t error) {
+  // Keeps the first error.
+  void keep(cudaError_t error) {
     if (error_ == cudaSuccess) error_ = error;
-  }
-
-  RoundStates states(const void* source, bool is_float32, float* weight, void* shadow, float* norms) const {
-    return {source, is_float32, call_.d * call_.f, call_.sequences, call_.d, call_.f, weight, shadow, norms};
   }
 
   StateStep state_step(StateUse use, Rows a) const {
@@ -96,9 +102,13 @@ class Backward {
 
   void enter(std::int64_t n) {
     if (n == 0) {
-      RoundStates initial = states(p_.initial, p_.initial_is_float32, p_.weight, p_.shadow, work_.norms);
-      initial.plane_stride = p_.initial_stride;
-      return try_(round_states(initial, device_));
+      RoundStates states = states_of(call_, p_.initial);
+      states.source_is_float32 = p_.initial_is_float32;
+      states.plane_stride = p_.initial_stride;
+      states.weight = p_.weight;
+      states.shadow = p_.shadow;
+      states.norms = work_.norms;
+      return keep(round_states(states, device_));
     }
     StateStep step = state_step(StateUse::kEnter, {call_.v, call_.v_stride});
     step.steps = {call_.step_size, call_.lr};
@@ -106,16 +116,17 @@ class Backward {
     step.carried_is_final = p_.carried_is_final;
     step.shadow = p_.shadow;
     step.norms = work_.norms;
-    try_(launchers_.state_step(step, device_));
+    keep(launchers_.state_step(step, device_));
   }
 
   void scale_dy() {
     StateStep step = state_step(StateUse::kProducts, {p_.dy, p_.dy_stride});
     step.products = work_.products;
-    try_(launchers_.state_step(step, device_));
-    try_(ratio_step({shape_, work_.norms, work_.products, p_.w0_norms, work_.ratio, work_.pull, p_.norm_grad},
+    keep(launchers_.state_step(step, device_));
+    keep(ratio_step({shape_, work_.norms, work_.products, p_.w0_norms, work_.ratio, work_.pull, p_.norm_grad},
                     device_));
-    try_(scale_step({shape_, {p_.dy, p_.dy_stride}, work_.ratio, work_.scaled}, device_));
+    keep(scale_step({shape_, {p_.dy, p_.dy_stride}, work_.ratio, work_.scaled, work_.scaled_is_local},
+                    device_));
   }
 
   void token(std::int64_t n) {
@@ -123,7 +134,7 @@ class Backward {
     step.shape = shape_;
     step.z = {call_.z, call_.z_stride};
     step.v = {call_.v, call_.v_stride};
-    step.dy_is_local = call_.preserve_row_norm;
+    step.dy_is_local = work_.scaled_is_local;
     step.dy = call_.preserve_row_norm ? Rows{work_.scaled, call_.d} : Rows{p_.dy, p_.dy_stride};
     step.steps = {call_.step_size, call_.lr};
     step.shadow = p_.shadow;
@@ -132,7 +143,7 @@ class Backward {
     step.dz = p_.dz;
     step.dv = p_.dv;
     if (p_.dstep) step.dstep_parts = work_.dstep_parts + call_.offsets[n] * dstep_tiles(call_);
-    try_(launchers_.token_step(step, device_));
+    keep(launchers_.token_step(step, device_));
   }
 
   void leave() {
@@ -141,7 +152,7 @@ class Backward {
     step.pull = work_.pull;
     step.grad = p_.grad;
     step.grad_shadow = p_.grad_shadow;
-    try_(launchers_.state_step(step, device_));
+    keep(launchers_.state_step(step, device_));
   }
 
   const ScanBackward& p_;
@@ -164,6 +175,9 @@ Status scan_backward(const ScanBackward& parameters) {
   if (const Status status = scan::check(parameters.call); status.code != 0) return status;
   if (!scan::is_operand(parameters.dy, parameters.dy_stride)) {
     return refusal("dy must begin at a multiple of 16 bytes and have a row stride that is a multiple of 8");
+  }
+  if (!is_aligned(parameters.initial, 16)) {
+    return refusal("the initial state (w0 where there is no other) must begin at a multiple of 16 bytes");
   }
   return status_of(scan::Backward(parameters, scan::device_of(parameters.call)).run());
 }

@@ -1,6 +1,5 @@
 // The forward's host loop: one launch a block, the shadows and norms of two states taking turns.
 #include "plan.h"
-#include "small.h"
 
 namespace ttt {
 namespace scan {
@@ -19,9 +18,9 @@ cudaError_t run_forward(const ScanForward& p, const Device& device) {
   step.w0_norms = preserve ? p.w0_norms : nullptr;
   step.write_last = p.write_last;
 
-  const RoundStates start = {p.state, true,        call.d * call.f, call.sequences,
-                             call.d,  call.f,      nullptr,         p.shadows[0],
-                             preserve ? p.norms[0] : nullptr};
+  RoundStates start = states_of(call, p.state);
+  start.shadow = p.shadows[0];
+  if (preserve) start.norms = p.norms[0];
   cudaError_t error = round_states(start, device);
   for (std::int64_t n = 0; n < call.launches && error == cudaSuccess; ++n) {
     step.shape = shape_of(call, n, n + 1);
@@ -39,8 +38,9 @@ cudaError_t run_forward(const ScanForward& p, const Device& device) {
 }  // namespace scan
 
 Status scan_norms(const ScanCall& call, const float* weight, float* norms) {
-  const scan::RoundStates states = {weight, true,    call.d * call.f, call.sequences, call.d,
-                                    call.f, nullptr, nullptr,         norms};
+  if (const Status status = scan::check(call); status.code != 0) return status;
+  scan::RoundStates states = scan::states_of(call, weight);
+  states.norms = norms;
   return status_of(scan::round_states(states, scan::device_of(call)));
 }
 

@@ -40,13 +40,39 @@ __device__ __forceinline__ TilePlace tile_place(std::int64_t index, std::int64_t
   return {index / (rows * columns), index % rows, index / rows % columns};
 }
 
+// Tiles of two kinds, dealt to the blocks of threads that are here: those of the first, longer kind in turn,
+// then the second. Blocks with one less of the first take `worth` of the second before the others join in.
+// Who computes a tile changes nothing in it.
+template <class First, class Second>
+__device__ __forceinline__ void deal_tiles(std::int64_t firsts, std::int64_t seconds, std::int64_t worth,
+                                           const First& first, const Second& second) {
+  const std::int64_t block = blockIdx.x, blocks = gridDim.x, more = firsts % blocks;
+  for (std::int64_t i = block; i < firsts; i += blocks) first(i);
+  const std::int64_t rounds = more > 0 && block >= more ? worth : 0;  // ahead of the others
+  const std::int64_t ahead = more > 0 ? worth * (blocks - more) : 0;
+  for (std::int64_t n = 0;; ++n) {
+    const std::int64_t i =
+        n < rounds ? n * (blocks - more) + block - more : ahead + (n - rounds) * blocks + block;
+    if (i >= seconds) return;
+    second(i);
+  }
+}
+
+// How many tiles of `second` slabs take as long as one of `first`.
+__device__ __forceinline__ std::int64_t tile_worth(std::int64_t first, std::int64_t second) {
+  const std::int64_t worth = (first + second / 2) / second;
+  return worth > 0 ? worth : 1;
+}
+
+__device__ __forceinline__ std::int64_t slabs(std::int64_t k) { return ceil_div(k, gemm::kTileK); }
+
 // A tile of the states [sequences, D, F].
 struct StateTile {
   std::int64_t row, column;  // of its corner in the weight
   std::int64_t corner;       // offset of that
   std::int64_t part;         // offset of its first row in [sequences, parts, D]
   std::int64_t stride;
-  int rows, columns;         // how many lie inside the weight; may exceed the tile
+  int rows, columns;  // how many lie inside the weight; may exceed the tile
 
   __device__ __forceinline__ StateTile(const Shape& shape, std::int64_t sequence, const TilePlace& place)
       : row(place.row * kBlockD), column(place.column * kBlockF), stride(shape.f) {
@@ -80,12 +106,13 @@ __device__ __forceinline__ void multiply_tokens(Accumulator& c, Storage<T>& shar
 }
 
 // The quads of a row of float32 that lie inside, else zeros: all loads begin before one is used.
-__device__ __forceinline__ void load_row(Quad (&into)[kQuads], const float* from, const StateTile& tile, int row,
-                                         int column) {
+__device__ __forceinline__ void load_row(Quad (&into)[kQuads], const float* from, const StateTile& tile,
+                                         int row, int column) {
 #pragma unroll
   for (int j = 0; j < kQuads; ++j) {
     into[j] = {};
-    if (tile.contains(row, column + 8 * j)) into[j] = load_vector<float, 4>(from + tile.offset(row, column + 8 * j));
+    if (!tile.contains(row, column + 8 * j)) continue;
+    into[j] = load_vector<float, 4>(from + tile.offset(row, column + 8 * j));
   }
 }
 

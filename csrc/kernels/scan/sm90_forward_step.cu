@@ -110,7 +110,7 @@ struct ForwardTiles {
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[j].at[i] *= ratio.at[i];
       }
-      store_part(consumer, output, part, x);
+      store_rounded(consumer, output, part, x);
     });
     named_barrier(kTaken, kConsumers + kAssistants);
   }

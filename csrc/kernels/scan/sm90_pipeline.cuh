@@ -158,6 +158,7 @@ struct Consumer {
     constexpr int kPieces = kBox * 2 / 16;  // of 16 bytes in a row
     if (first == kBox) return;
     const int count = (kBox - first) * kPieces;
+#pragma unroll 1
     for (int box = 0; box < static_cast<int>(sizeof(Stage)) / kBoxBytes; ++box) {
       auto* const rows = reinterpret_cast<Vector<float, 4>*>(stage.a[0] + box * kBoxBytes) + first * kPieces;
       for (int i = group * kGroup + thread; i < count; i += kConsumers) rows[i] = {};

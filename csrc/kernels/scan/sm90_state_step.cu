@@ -75,7 +75,7 @@ struct StateTiles {
     RowSums sums;
     for_each_part(c, [&](int part, const Quad(&x)[kQuads]) {
       Quad w[kQuads];
-      load_part(w, step.weight + state.at + part * kBox, state.left - part * kBox);
+      load_part(w, step.weight, state, part);
       float sum = 0.0f;
 #pragma unroll
       for (int j = 0; j < kQuads; ++j) sum = add_products(sum, w[j], x[j]);
@@ -87,27 +87,25 @@ struct StateTiles {
     const StateStep& step = arguments.step;
     const std::int64_t row = state.row + consumer.row(), place = state.plane * step.shape.d + row;
     const bool scales = step.ratio && row < step.shape.d;
-    const float ratio = scales ? step.ratio[place] : 1.0f, pull = scales ? step.pull[place] : 0.0f;
+    const float ratio = scales ? step.ratio[place] : 0.0f, pull = scales ? step.pull[place] : 0.0f;
     for_each_part(c, [&](int part, Quad(&x)[kQuads]) {
-      const std::int64_t at = state.at + part * kBox;
-      const int left = state.left - part * kBox;
       Quad other[kQuads];
-      if (scales) {
-        load_part(other, step.weight + at, left);
+      if (step.ratio) {
+        load_part(other, step.weight, state, part);
 #pragma unroll
         for (int j = 0; j < kQuads; ++j) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) x[j].at[i] = fmaf(-pull, other[j].at[i], ratio * x[j].at[i]);
         }
       }
-      load_part(other, step.grad + at, left);
+      load_part(other, step.grad, state, part);
 #pragma unroll
       for (int j = 0; j < kQuads; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[j].at[i] += other[j].at[i];
-        if (8 * j < left) store_vector(step.grad + at + 8 * j, x[j]);
       }
-      store_part(consumer, state.output<T>(arguments.shadow, step.shape), part, x);
+      store_part(step.grad, state, part, x);
+      store_rounded(consumer, state.output<T>(arguments.shadow, step.shape), part, x);
     });
   }
 };

@@ -6,6 +6,8 @@
 // are stored from the registers.
 #pragma once
 
+#include <climits>
+
 #include "launches.h"
 #include "rows.cuh"
 #include "sm90_pipeline.cuh"
@@ -14,6 +16,7 @@ namespace ttt::scan::sm90 {
 
 constexpr int kQuads = kBox / 8;  // of a thread in 64 columns
 constexpr int kParts = kTileN / kBox;
+constexpr int kWhole = INT_MAX;
 constexpr int kStoreTokens = 512;  // reading and writing a tile of the state takes as long as so many tokens
 
 // Tile `index` of `rows` by `columns` tiles in each block, rows first: neighbours share what they read most.
@@ -54,7 +57,8 @@ __device__ __forceinline__ void for_each_part(const float (&c)[kSums], const F& 
 }
 
 // Where a tile of 16-bit results goes: its corner in a tensor [planes, rows, columns], and how many rows and
-// columns there are from there on to the end of the block and of the tensor.
+// columns there are from there on to the end of the block (kWhole: at least the tile, or TMA may clip it) and
+// of the tensor.
 template <class T>
 struct Output {
   const TensorMap& map;
@@ -66,7 +70,7 @@ struct Output {
 
 // The quads of one row and 64 columns, rounded. The whole warpgroup takes part.
 template <class T>
-__device__ __forceinline__ void store_part(Consumer& consumer, const Output<T>& output, int part,
+__device__ __forceinline__ void store_rounded(Consumer& consumer, const Output<T>& output, int part,
                                            const Quad (&quads)[kQuads]) {
   if (part * kBox >= output.columns) return;
   if (consumer.group * kBox + kBox > output.rows) {
@@ -85,7 +89,7 @@ __device__ __forceinline__ void store_part(Consumer& consumer, const Output<T>& 
   named_barrier(kStaging + consumer.group, kGroup);
 #pragma unroll
   for (int j = 0; j < kQuads; ++j) {
-    store_vector(reinterpret_cast<T*>(box + row * 128 + (j ^ row % 8) * 16) + consumer.column(),
+    store_shared_vector(reinterpret_cast<T*>(box + row * 128 + (j ^ row % 8) * 16) + consumer.column(),
                  round_quad<T>(quads[j]));
   }
   fence_async_shared();
@@ -96,24 +100,43 @@ __device__ __forceinline__ void store_part(Consumer& consumer, const Output<T>& 
   }
 }
 
-// A tile of the states [sequences, D, F] in float32, and this thread's row of it.
+// A tile of the states [sequences, D, F] in float32, and this thread's part in moving it. A warp's quads lie
+// in 16 rows of 32 bytes; so that it moves 8 rows of 64 instead, each half of what L1 looks up, neighbouring
+// lanes take the same row of either half of the warp's rows, and eight columns each.
 struct StateTile {
   int plane, row, column;  // of its corner
-  std::int64_t at;         // offset of the thread's first quad
-  int left;                // columns from there on that lie inside; none where its row does not
+  std::int64_t at;         // offset of the thread's first quad; that of the other row is 8 rows further
+  std::int64_t below;
+  int left[2];             // columns from there on that lie inside; none where the row does not
 
   __device__ __forceinline__ StateTile(const Shape& shape, std::int64_t sequence, const TilePlace& place,
                                        const Consumer& consumer)
       : plane(static_cast<int>(sequence)), row(static_cast<int>(place.row)), column(static_cast<int>(place.column)) {
-    at = (sequence * shape.d + place.row + consumer.row()) * shape.f + place.column + consumer.column();
-    left = row + consumer.row() < shape.d ? static_cast<int>(shape.f) - column - consumer.column() : 0;
+    const int odd = consumer.lane() % 2;
+    const int r = row + consumer.row() - 8 * odd, c = column + consumer.column() + 8 * odd;
+    at = (sequence * shape.d + r) * shape.f + c;
+    below = 8 * shape.f;
+    left[0] = r < shape.d ? static_cast<int>(shape.f) - c : 0;
+    left[1] = r + 8 < shape.d ? static_cast<int>(shape.f) - c : 0;
   }
 
   template <class T>
   __device__ __forceinline__ Output<T> output(const TensorMap& map, const Shape& shape) const {
-    return {map, plane, row, column, kTileM, static_cast<int>(shape.f) - column, nullptr, 0};  // TMA clips rows
+    return {map, plane, row, column, kWhole, static_cast<int>(shape.f) - column, nullptr, 0};  // TMA clips rows
   }
 };
+
+// (row, quad j) and (row + 8, j) of even lanes, those of j + 1 of odd ones, become quads j and j + 1 of the
+// lane's own row; or back.
+__device__ __forceinline__ void swap_quads(Quad& first, Quad& second) {
+  const bool odd = threadIdx.x % 2 != 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float other = __shfl_xor_sync(0xffffffffu, odd ? first.at[i] : second.at[i], 1);
+    first.at[i] = odd ? other : first.at[i];
+    second.at[i] = odd ? second.at[i] : other;
+  }
+}
 
 // The assistants bring a tile of float32 into L2.
 __device__ __forceinline__ void prefetch_tile(const float* state, const Shape& shape, std::int64_t sequence,
@@ -126,12 +149,29 @@ __device__ __forceinline__ void prefetch_tile(const float* state, const Shape& s
   }
 }
 
-// The quads of 64 columns that lie inside, else zeros: all loads begin before one is used.
-__device__ __forceinline__ void load_part(Quad (&into)[kQuads], const float* from, int left) {
+// The quads of 64 columns of the thread's row, zeros outside. All loads begin before one is used.
+__device__ __forceinline__ void load_part(Quad (&into)[kQuads], const float* state, const StateTile& tile, int part) {
+  const float* const from = state + tile.at + part * kBox;
 #pragma unroll
   for (int j = 0; j < kQuads; ++j) {
+    const int column = j / 2 * 16;
     into[j] = {};
-    if (8 * j < left) into[j] = load_vector<float, 4>(from + 8 * j);
+    if (part * kBox + column < tile.left[j % 2]) into[j] = load_vector<float, 4>(from + j % 2 * tile.below + column);
+  }
+#pragma unroll
+  for (int j = 0; j < kQuads; j += 2) swap_quads(into[j], into[j + 1]);
+}
+
+__device__ __forceinline__ void store_part(float* state, const StateTile& tile, int part, const Quad (&quads)[kQuads]) {
+  float* const to = state + tile.at + part * kBox;
+#pragma unroll
+  for (int j = 0; j < kQuads; j += 2) {
+    Quad pair[2] = {quads[j], quads[j + 1]};
+    swap_quads(pair[0], pair[1]);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (part * kBox + j * 8 < tile.left[h]) store_vector(to + h * tile.below + j * 8, pair[h]);
+    }
   }
 }
 
@@ -162,21 +202,18 @@ __device__ __forceinline__ void store_state(const float (&c)[kSums], Consumer& c
                                             const TensorMap& shadow, float* norms) {
   RowSums sums;
   for_each_part(c, [&](int part, const Quad(&x)[kQuads]) {
-    const std::int64_t at = tile.at + part * kBox;
     Quad w[kQuads];
-    load_part(w, base + at, tile.left - part * kBox);
+    load_part(w, base, tile, part);
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < kQuads; ++j) {
-      if (8 * j < tile.left - part * kBox) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) w[j].at[i] = fmaf(scale, x[j].at[i], w[j].at[i]);
-        store_vector(weight + at + 8 * j, w[j]);
-      }
+      for (int i = 0; i < 4; ++i) w[j].at[i] = fmaf(scale, x[j].at[i], w[j].at[i]);
       sum = add_squares(sum, w[j]);
     }
+    store_part(weight, tile, part, w);
     if (norms) sums.add(consumer, shape, tile, part, sum, norms);
-    store_part(consumer, tile.output<T>(shadow, shape), part, w);
+    store_rounded(consumer, tile.output<T>(shadow, shape), part, w);
   });
 }
 

@@ -82,7 +82,7 @@ struct TokenTiles {
     const Output<T> output = {is_value ? arguments.dv : arguments.dz, 0, static_cast<int>(row),
                               static_cast<int>(place.column), static_cast<int>(rows),
                               static_cast<int>(width - place.column), at, width};
-    for_each_part(c, [&](int part, const Quad(&x)[kQuads]) { store_part(consumer, output, part, x); });
+    for_each_part(c, [&](int part, const Quad(&x)[kQuads]) { store_rounded(consumer, output, part, x); });
   }
 
   // The sums of V * c over 128 columns each, in the order of lanes, then warps.

@@ -6,8 +6,8 @@ namespace ttt::scan {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLanes = 4;                    // threads that share a row's kTile columns
-constexpr int kQuads = kTile / kLanes / 4;   // of each, 8 columns apart
+constexpr int kLanes = 4;                   // threads that share a row's kTile columns
+constexpr int kQuads = kTile / kLanes / 4;  // of each, 8 columns apart
 constexpr int kVector = 8;
 
 __device__ __forceinline__ std::int64_t thread_index() {
@@ -72,13 +72,15 @@ __global__ void __launch_bounds__(kThreads) scan_bwd_scale_kernel(const ScaleSte
   if (i >= shape.count) return;
   const ScanBlock block = shape.blocks[i];
   if (t >= block.tokens) return;
-  const auto dy = load_vector<T, kVector>(static_cast<const T*>(step.dy.at) + (block.first + t) * step.dy.stride + d);
+  const auto dy =
+      load_vector<T, kVector>(static_cast<const T*>(step.dy.at) + (block.first + t) * step.dy.stride + d);
   Vector<T, kVector> scaled;
 #pragma unroll
   for (int j = 0; j < kVector; ++j) {
     scaled.at[j] = from_float<T>(to_float(dy.at[j]) * step.ratio[block.sequence * shape.d + d + j]);
   }
-  store_vector(static_cast<T*>(step.scaled) + (i * shape.block_tokens + t) * shape.d + d, scaled);
+  const std::int64_t first = step.is_local ? i * shape.block_tokens : block.first;
+  store_vector(static_cast<T*>(step.scaled) + (first + t) * shape.d + d, scaled);
 }
 
 // A warp for each block.
@@ -101,20 +103,22 @@ __global__ void __launch_bounds__(kThreads) scan_bwd_dstep_kernel(const SumSteps
 cudaError_t round_states(const RoundStates& states, const Device& device) {
   const std::int64_t threads = states.planes * states.d * ceil_div(states.f, kTile) * kLanes;
   if (states.source_is_float32) {
-    return launch_threads(device, threads, scan_round_kernel<bfloat16, float>, scan_round_kernel<float16, float>,
-                          states);
+    return launch_threads(device, threads, scan_round_kernel<bfloat16, float>,
+                          scan_round_kernel<float16, float>, states);
   }
   return launch_threads(device, threads, scan_round_kernel<bfloat16, bfloat16>,
                         scan_round_kernel<float16, float16>, states);
 }
 
 cudaError_t ratio_step(const RatioStep& step, const Device& device) {
-  return launch_threads(device, step.shape.count * step.shape.d, scan_bwd_ratio_kernel, scan_bwd_ratio_kernel, step);
+  return launch_threads(device, step.shape.count * step.shape.d, scan_bwd_ratio_kernel, scan_bwd_ratio_kernel,
+                        step);
 }
 
 cudaError_t scale_step(const ScaleStep& step, const Device& device) {
   const std::int64_t threads = step.shape.count * step.shape.block_tokens * (step.shape.d / kVector);
-  return launch_threads(device, threads, scan_bwd_scale_kernel<bfloat16>, scan_bwd_scale_kernel<float16>, step);
+  return launch_threads(device, threads, scan_bwd_scale_kernel<bfloat16>, scan_bwd_scale_kernel<float16>,
+                        step);
 }
 
 cudaError_t sum_steps(const SumSteps& step, const Device& device) {

@@ -31,12 +31,13 @@ struct RatioStep {
 };
 cudaError_t ratio_step(const RatioStep& step, const Device& device);
 
-// dY' = r dY, rounded, block by block: TokenStep's local dy.
+// dY' = r dY, rounded.
 struct ScaleStep {
   Shape shape;
   Rows dy;
   const float* ratio;
-  void* scaled;  // [count, block_tokens, D]
+  void* scaled;   // contiguous: a row per token, or
+  bool is_local;  // the blocks of this launch, [count, block_tokens, D]
 };
 cudaError_t scale_step(const ScaleStep& step, const Device& device);
 

@@ -33,7 +33,8 @@ __device__ __forceinline__ void store_sum(Storage<T>& shared, float sum, float* 
 }
 
 template <class T>
-__device__ __forceinline__ void value_tile(const TokenStep& step, Storage<T>& shared, const TilePlace& place) {
+__device__ __forceinline__ void value_tile(const TokenStep& step, Storage<T>& shared,
+                                           const TilePlace& place) {
   const Shape& shape = step.shape;
   const ScanBlock block = shape.blocks[place.block];
   const std::int64_t t = place.row * kBlockT, d = place.column * kBlockD, f = shape.f;
@@ -42,7 +43,8 @@ __device__ __forceinline__ void value_tile(const TokenStep& step, Storage<T>& sh
   const float scale = reached ? step_of(step, block) : 0.0f;
   Accumulator c = {};
   if (reached) {
-    const Source<T> z = {as<T>(step.z.at) + (block.first + t) * step.z.stride, step.z.stride, block.tokens - t};
+    const Source<T> z = {as<T>(step.z.at) + (block.first + t) * step.z.stride, step.z.stride,
+                         block.tokens - t};
     const Source<T> g = {as<T>(step.grad_shadow) + (block.sequence * shape.d + d) * f, f, shape.d - d};
     gemm::multiply<T, Major::kK, Major::kK>(c, shared.stages, z, g, f);
   }
@@ -115,17 +117,18 @@ __global__ void __launch_bounds__(kThreads, 2) scan_bwd_token_kernel(const Token
   auto& shared = shared_storage<Storage<T>>();
   const Shape& shape = step.shape;
   const std::int64_t rows = ceil_div(shape.block_tokens, kBlockT);
-  const std::int64_t values = tiles_of_width(shape, shape.d), tiles = values + tiles_of_width(shape, shape.f);
-  for (std::int64_t i = blockIdx.x; i < tiles; i += gridDim.x) {
-    if (i < values) value_tile(step, shared, tile_place(i, rows, ceil_div(shape.d, kBlockD)));
-    else key_tile(step, shared, tile_place(i - values, rows, ceil_div(shape.f, kBlockF)));
-  }
+  deal_tiles(
+      tiles_of_width(shape, shape.d), tiles_of_width(shape, shape.f),
+      tile_worth(slabs(shape.f), 2 * slabs(shape.d)),
+      [&](std::int64_t i) { value_tile(step, shared, tile_place(i, rows, ceil_div(shape.d, kBlockD))); },
+      [&](std::int64_t i) { key_tile(step, shared, tile_place(i, rows, ceil_div(shape.f, kBlockF))); });
 }
 
 }  // namespace
 
 cudaError_t token_step(const TokenStep& step, const Device& device) {
-  const std::int64_t tiles = tiles_of_width(step.shape, step.shape.d) + tiles_of_width(step.shape, step.shape.f);
+  const std::int64_t tiles =
+      tiles_of_width(step.shape, step.shape.d) + tiles_of_width(step.shape, step.shape.f);
   return launch_tiles(device, tiles, scan_bwd_token_kernel<bfloat16>, scan_bwd_token_kernel<float16>, step);
 }
 

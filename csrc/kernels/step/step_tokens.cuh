@@ -43,8 +43,8 @@ class RoundingLoader {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       T* piece = stage + gemm::place<Major::kK>(kRow() + i * kRowsAtOnce, kColumn() / gemm::kPiece);
-      store_vector(piece, round_quad<T>(held_[i][0]));
-      store_vector(piece + 4, round_quad<T>(held_[i][1]));
+      store_shared_vector(piece, round_quad<T>(held_[i][0]));
+      store_shared_vector(piece + 4, round_quad<T>(held_[i][1]));
     }
   }
 
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(gemm::kThreads, 2)
 
 // y = r * (the parts in order), a quad a thread.
 template <class T>
-__global__ void step_apply_sum_kernel(const StepApply p, std::int64_t splits) {
+__global__ void __launch_bounds__(gemm::kThreads) step_apply_sum_kernel(const StepApply p, std::int64_t splits) {
   const std::int64_t count = p.batch * p.tokens * p.d;
   const std::int64_t o = 4 * (blockIdx.x * std::int64_t{gemm::kThreads} + threadIdx.x);
   if (o >= count) return;

@@ -72,7 +72,7 @@ __device__ __forceinline__ X sum_block(X x, X (&warps)[kThreads / 32]) {
 
 // x_0: a warp a token, zeros past the chunk.
 template <class T>
-__global__ void step_size_fwd_mean_kernel(const StepSize p, const Scratch s) {
+__global__ void __launch_bounds__(kThreads) step_size_fwd_mean_kernel(const StepSize p, const Scratch s) {
   const std::int64_t row = blockIdx.x * std::int64_t{kThreads / 32} + threadIdx.x / 32;
   if (row >= p.chunks * s.padded) return;
   const std::int64_t t = row % s.padded, lane = threadIdx.x % 32;

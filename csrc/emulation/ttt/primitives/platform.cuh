@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <tuple>
 
 namespace ttt {
@@ -33,6 +34,14 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int sha
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
   const std::tuple<Parameters...> parameters{static_cast<Parameters>(arguments)...};
   return emulation::run([&] { std::apply(kernel, parameters); }, grid, block, shared);
+}
+
+template <int kWords>
+void store_global(void* into, const std::uint32_t (&words)[kWords], TTT_SITE) {
+  if (reinterpret_cast<std::uintptr_t>(into) % sizeof(words) != 0) {
+    emulation::fail("a store of " + std::to_string(sizeof(words)) + " bytes goes to a multiple of as many", site);
+  }
+  std::memcpy(into, words, sizeof(words));
 }
 
 inline void named_barrier(int id, int threads, TTT_SITE) {

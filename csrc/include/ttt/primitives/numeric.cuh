@@ -1,6 +1,8 @@
 // Conversions and sums. No PTX: the same file serves the emulation.
 #pragma once
 
+#include <cstring>
+
 #include "ttt/primitives/platform.cuh"
 
 namespace ttt {
@@ -41,8 +43,16 @@ __device__ __forceinline__ Vector<T, kCount> load_vector(const T* from) {
   return *reinterpret_cast<const Vector<T, kCount>*>(from);
 }
 
+// To global memory.
 template <class T, int kCount>
 __device__ __forceinline__ void store_vector(T* into, const Vector<T, kCount>& x) {
+  std::uint32_t words[sizeof(x) / 4];
+  std::memcpy(words, &x, sizeof(x));
+  store_global(into, words);
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ void store_shared_vector(T* into, const Vector<T, kCount>& x) {
   *reinterpret_cast<Vector<T, kCount>*>(into) = x;
 }
 

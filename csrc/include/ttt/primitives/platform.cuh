@@ -53,6 +53,18 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int sha
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 
+// Stores 16 or 8 bytes to global memory in one access, where nvcc may make one for each element of a struct.
+__device__ __forceinline__ void store_global(void* into, const std::uint32_t (&words)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(into)), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+__device__ __forceinline__ void store_global(void* into, const std::uint32_t (&words)[2]) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(into)), "r"(words[0]),
+               "r"(words[1])
+               : "memory");
+}
+
 // bar.sync: the block's threads with this id (1..15) wait for each other, `threads` in all.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
