@@ -71,7 +71,6 @@ class ModelResults:
         return next((row.ratio for row in self.rows if row.call == call), None)
 
 
-SUITES = ("streaming",)
 TARGETS = (
     Target("decode between writes: patched over plain", 1.10, False, lambda r: r.ratio(DECODE)),
     Target("prefill: patched over plain", 1.35, False, lambda r: r.ratio(PREFILL)),
@@ -106,9 +105,14 @@ def run(args: argparse.Namespace, where: dict, console) -> int:
 
 def patched_twin(subject: Subject, sizes: Sizes) -> nn.Module:
     """Another model with the same parameter objects, patched as the demo does."""
-    twin = copy.deepcopy(subject.model, {id(p): p for p in subject.model.parameters()})
     options = argparse.Namespace(**{**fast_weights.DEFAULTS, "chunk_size": sizes.chunk_size})
-    fast_weights.patch(twin, fast_weights.make_config(options, subject.layers))
+    return twin_of(subject.model, fast_weights.make_config(options, subject.layers))
+
+
+def twin_of(model: nn.Module, config: ttt.TTTConfig) -> nn.Module:
+    """Another model with the same parameter objects, patched."""
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    fast_weights.patch(twin, config)
     return twin
 
 
@@ -143,12 +147,13 @@ def measure(
 
 
 class Turns:
-    """Both models at the same place of a text, each with its own cache."""
+    """Both models at the same place of a text, each with its own cache; who begins alternates."""
 
     def __init__(self, models: dict[str, nn.Module], ids: Tensor) -> None:
         self.models, self.ids = models, ids
         self.caches: dict[str, object] = {}
         self.position = 0
+        self.order = SIDES
 
     def restart(self, count: int) -> dict[str, Timing]:
         """Read the first `count` tokens anew; the time of each model."""
@@ -162,7 +167,8 @@ class Turns:
         def call(side: str) -> None:
             self.caches[side] = forward(self.models[side], part, self.caches.get(side))
 
-        return time_interleaved({s: lambda s=s: call(s) for s in SIDES}, 1, self.ids.device)
+        self.order = self.order[::-1]
+        return time_interleaved({s: lambda s=s: call(s) for s in self.order}, 1, self.ids.device)
 
 
 def joined(rounds: Iterable[dict[str, Timing]]) -> dict[str, Timing]:

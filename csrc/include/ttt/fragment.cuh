@@ -19,6 +19,11 @@ __device__ __forceinline__ Quad gather_quad(float c0, float c1, float c2, float 
 }
 
 template <class T>
+__device__ __forceinline__ Quad to_quad(const Vector<T, 4>& x) {
+  return {to_float(x.at[0]), to_float(x.at[1]), to_float(x.at[2]), to_float(x.at[3])};
+}
+
+template <class T>
 __device__ __forceinline__ Vector<T, 4> round_quad(const Quad& x) {
   return {from_float<T>(x.at[0]), from_float<T>(x.at[1]), from_float<T>(x.at[2]), from_float<T>(x.at[3])};
 }

@@ -161,8 +161,11 @@ __device__ __forceinline__ void multiply(Accumulator& c, Stages<T>& stages, cons
   __syncthreads();
 }
 
-// Calls f(row, column, quads) for the rows of C this thread has: quad j begins at column + 8 j. The whole
-// warp takes part, and every pair of lanes with the same `threadIdx.x / 4 % 8` and parity has a row.
+// The first column of C that this thread has a quad at; the others are 8, 16, ... further, in every row.
+__device__ __forceinline__ int quad_column() { return warp_column() + threadIdx.x % 4 / 2 * 4; }
+
+// Calls f(row, quad_column(), quads) for the rows of C that this thread has, with the whole warp. Two threads
+// of a warp share a row: they differ in bit 1 of their lane.
 template <class F>
 __device__ __forceinline__ void for_each_row(const Accumulator& c, const F& f) {
   const int lane = threadIdx.x % 32;
@@ -174,7 +177,7 @@ __device__ __forceinline__ void for_each_row(const Accumulator& c, const F& f) {
       const float (&x)[4] = c.at[i][j];
       quads[j] = gather_quad(x[0], x[1], x[2], x[3]);
     }
-    f(warp_row() + 16 * i + lane / 4 + 8 * (lane % 2), warp_column() + lane % 4 / 2 * 4, quads);
+    f(warp_row() + 16 * i + lane / 4 + 8 * (lane % 2), quad_column(), quads);
   }
 }
 

@@ -41,6 +41,10 @@ __device__ __forceinline__ void apply_tile(const ForwardStep& step, Storage<T>& 
   gemm::multiply<T, Major::kK, Major::kK>(c, shared.stages, z, w, f);
   shared.ratio[threadIdx.x] = ratio;  // only now: another warp may have read it for the tile before
   __syncthreads();
+  Quad ratios[kQuads];
+#pragma unroll
+  for (int j = 0; j < kQuads; ++j)
+    ratios[j] = load_vector<float, 4>(shared.ratio + gemm::quad_column() + 8 * j);
   T* y = static_cast<T*>(step.y) + (block.first + t) * step.y_stride + d;
   gemm::for_each_row(c, [&](int row, int column, Quad(&x)[kQuads]) {
 #pragma unroll
@@ -48,7 +52,7 @@ __device__ __forceinline__ void apply_tile(const ForwardStep& step, Storage<T>& 
       const int o = column + 8 * j;
       if (t + row >= block.tokens || d + o >= shape.d) continue;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[j].at[i] *= shared.ratio[o + i];
+      for (int i = 0; i < 4; ++i) x[j].at[i] *= ratios[j].at[i];
       store_vector(y + row * step.y_stride + o, round_quad<T>(x[j]));
     }
   });

@@ -22,7 +22,7 @@ template <class T>
 struct Storage {
   gemm::Stages<T> stages;
   float halves[kTile / gemm::kWarpN][kTile];  // row sums over the columns of each warp
-  float ratio[kTile];
+  alignas(16) float ratio[kTile];
   float warps[kThreads / 32];
 };
 

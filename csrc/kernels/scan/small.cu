@@ -38,10 +38,7 @@ __global__ void __launch_bounds__(kThreads) scan_round_kernel(const RoundStates 
   for (int j = 0; j < kQuads; ++j) {
     const std::int64_t o = column + 8 * j;
     if (!inside || o >= states.f) continue;
-    const auto source = load_vector<From, 4>(from + o);
-    Quad w;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) w.at[i] = to_float(source.at[i]);
+    const Quad w = to_quad(load_vector<From, 4>(from + o));
     if (states.weight) store_vector(states.weight + row + o, w);
     if (states.shadow) store_vector(static_cast<T*>(states.shadow) + row + o, round_quad<T>(w));
     sum = add_squares(sum, w);

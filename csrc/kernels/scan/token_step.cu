@@ -51,19 +51,24 @@ __device__ __forceinline__ void value_tile(const TokenStep& step, Storage<T>& sh
   const bool summed = reached && step.dstep_parts;
   float sum = 0.0f;
   gemm::for_each_row(c, [&](int row, int column, Quad(&x)[kQuads]) {
+    if (t + row >= block.tokens) return;
+    const std::int64_t token = block.first + t + row;
+    const T* v = as<T>(step.v.at) + token * step.v.stride + d;
+    T* dv = static_cast<T*>(step.dv) + token * shape.d + d;
+    if (summed) {
+#pragma unroll
+      for (int j = 0; j < kQuads; ++j) {
+        const int o = column + 8 * j;
+        if (d + o < shape.d) sum = add_products(sum, to_quad(load_vector<T, 4>(v + o)), x[j]);
+      }
+    }
 #pragma unroll
     for (int j = 0; j < kQuads; ++j) {
-      const std::int64_t o = d + column + 8 * j;
-      if (t + row >= block.tokens || o >= shape.d) continue;
-      const std::int64_t token = block.first + t + row;
-      if (summed) {
-        const auto v = load_vector<T, 4>(as<T>(step.v.at) + token * step.v.stride + o);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum = fmaf(to_float(v.at[i]), x[j].at[i], sum);
-      }
+      const int o = column + 8 * j;
+      if (d + o >= shape.d) continue;
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[j].at[i] *= scale;
-      store_vector(static_cast<T*>(step.dv) + token * shape.d + o, round_quad<T>(x[j]));
+      store_vector(dv + o, round_quad<T>(x[j]));
     }
   });
   if (summed) {

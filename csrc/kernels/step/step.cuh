@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ttt/fragment.cuh"
+#include "ttt/host.h"
 #include "ttt/primitives/numeric.cuh"
 #include "ttt/step.h"
 
@@ -16,10 +17,6 @@ __device__ __forceinline__ std::int64_t entry_of(const std::int64_t* slots, std:
 template <class T>
 __device__ __forceinline__ const T* row_at(const void* base, std::int64_t offset) {
   return static_cast<const T*>(base) + offset;
-}
-
-inline Status status_of(cudaError_t error) {
-  return {static_cast<int>(error), cudaGetErrorName(error), cudaGetErrorString(error)};
 }
 
 }  // namespace ttt::step

@@ -55,8 +55,8 @@ std::int64_t step_apply_workspace(const StepApply& p) {
 Status step_apply(const StepApply& p) {
   int multiprocessors = 0;
   const cudaError_t error = step::count_multiprocessors(p.place, &multiprocessors);
-  if (error != cudaSuccess) return step::status_of(error);
-  return step::status_of(p.operand == Operand::kBfloat16 ? step::launch_apply<bfloat16>(p, multiprocessors)
+  if (error != cudaSuccess) return status_of(error);
+  return status_of(p.operand == Operand::kBfloat16 ? step::launch_apply<bfloat16>(p, multiprocessors)
                                                          : step::launch_apply<float16>(p, multiprocessors));
 }
 

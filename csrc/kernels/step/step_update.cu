@@ -50,7 +50,7 @@ namespace ttt {
 Status step_update(const StepUpdate& p) {
   const bool bfloat16_operands = p.operand == Operand::kBfloat16;
   const std::int64_t tiles = p.batch * ceil_div(p.d, gemm::kTileM) * ceil_div(p.f, gemm::kTileN);
-  return step::status_of(launch(
+  return status_of(launch(
       bfloat16_operands ? step::step_update_kernel<bfloat16> : step::step_update_kernel<float16>,
       static_cast<unsigned>(tiles), gemm::kThreads, shared_bytes<gemm::Stages<bfloat16>>(),
       reinterpret_cast<cudaStream_t>(p.place.stream), p));

@@ -13,6 +13,7 @@
 #include "ttt/step_size.h"
 
 #include "ttt/gemm_sm80.cuh"
+#include "ttt/host.h"
 
 namespace ttt::step_size_kernels {
 namespace {
@@ -229,9 +230,8 @@ std::int64_t step_size_workspace(const StepSize& p) {
 }
 
 Status step_size(const StepSize& p) {
-  const cudaError_t error = p.operand == Operand::kBfloat16 ? step_size_kernels::run<bfloat16>(p)
-                                                            : step_size_kernels::run<float16>(p);
-  return {static_cast<int>(error), cudaGetErrorName(error), cudaGetErrorString(error)};
+  return status_of(p.operand == Operand::kBfloat16 ? step_size_kernels::run<bfloat16>(p)
+                                                   : step_size_kernels::run<float16>(p));
 }
 
 }  // namespace ttt
