@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from emulated import DEVICE, DTYPES, GPU, cuda_kernels, schedule  # noqa: F401
+from emulated import DEVICE, DTYPES, cuda_kernels, schedule  # noqa: F401
 from helpers import assert_close, assert_same, error, randn
 
 import ttt_kernels as ttt
+from ttt_kernels.ops.step import cuda as step_cuda
 
 pytestmark = pytest.mark.usefixtures("cuda_kernels")
 D, F = 40, 136
@@ -104,14 +105,18 @@ def test_schedules_give_the_same_bits(schedule):  # noqa: F811
         assert_same({"y": apply(x)}, {"y": y})
 
 
-@pytest.mark.skipif(not GPU, reason="slots on a host are checked there")
-def test_a_wrong_slot_gives_nan_and_writes_nothing():
-    x = operands(2, pool=6)
-    slots = place([4, -1, 6])
-    y, pool = apply(x, slots=slots), x["weight"].clone()
-    assert y[0].isfinite().all() and y[1:].isnan().all()
-    ttt.fast_weight_update_(pool, x["z"], x["v"], step_size=0.3, slots=slots, impl="cuda")
-    assert torch.equal(pool[:4], x["weight"][:4])
+def test_slots_that_nobody_checked():
+    """As on a GPU, where asking would wait: a wrong slot gives NaN and writes nothing, and an entry that two
+    rows name becomes NaN. Straight to the kernels: on a host the op checks slots."""
+    for tokens in (2, 9):
+        x = operands(tokens, pool=6)
+        y = step_cuda.apply(x["z"], x["weight"], x["scale"], place([4, -1, 6]))
+        assert y[0].isfinite().all() and y[1:].isnan().all()
+        pool = x["weight"].clone()
+        step_cuda.update_(pool, x["z"], x["v"], None, 0.3, place([4, -1, 6]))
+        assert torch.equal(pool[:4], x["weight"][:4]) and torch.equal(pool[5], x["weight"][5])
+        step_cuda.update_(pool, x["z"], x["v"], None, 0.3, place([1, 3, 1]))
+        assert pool[1].isnan().all() and pool[3].isfinite().all() and torch.equal(pool[0], x["weight"][0])
 
 
 def test_views():

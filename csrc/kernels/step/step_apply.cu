@@ -19,7 +19,7 @@ std::int64_t tiles_of_row(const StepApply& p) {
 std::int64_t splits_of(const StepApply& p, int multiprocessors) {
   if (p.tokens <= kMatvecTokens) return 1;
   const std::int64_t wanted = 2 * std::int64_t{multiprocessors} / tiles_of_row(p);
-  const std::int64_t most = p.f / kLeastPart;
+  const std::int64_t most = std::min(kMostParts, p.f / kLeastPart);
   return std::max(std::int64_t{1}, std::min(wanted, most));
 }
 

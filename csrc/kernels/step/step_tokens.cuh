@@ -15,6 +15,7 @@ namespace ttt::step {
 using gemm::Major;
 
 constexpr std::int64_t kLeastPart = 16 * gemm::kTileK;  // columns of a part, so that its pipeline fills
+constexpr std::int64_t kMostParts = 16;                  // outputs of scratch
 
 // This thread's share of the weight's slab: 4 pieces of 8 columns, rounded.
 template <class T>

@@ -2,7 +2,10 @@
 //
 // One block a tile [128, 128] of one entry, K = tokens of the chunk (gemm_sm80.cuh). With few tokens the float32
 // entry, read and written once, is what costs: 8 D F bytes, in 16-byte accesses, and two blocks share an SM so
-// that one multiplies while the other stores. Rows write different entries, so no sum has two authors.
+// that one multiplies while the other stores. Rows write different entries, so no sum has two authors; where
+// slots name one several times, which a host could only refuse by waiting for the GPU, it becomes NaN.
+#include <cmath>
+
 #include "step.cuh"
 #include "ttt/gemm_sm80.cuh"
 
@@ -11,6 +14,14 @@ namespace {
 
 using gemm::Major;
 using gemm::Source;
+
+// Does another row write entry n too? Every warp asks for itself.
+__device__ __forceinline__ bool is_shared(const StepUpdate& p, std::int64_t n) {
+  if (p.slots == nullptr) return false;
+  float rows = 0.0f;
+  for (std::int64_t i = threadIdx.x % 32; i < p.batch; i += 32) rows += p.slots[i] == n ? 1.0f : 0.0f;
+  return sum_lanes<32>(rows) > 1.0f;
+}
 
 template <class T>
 __global__ void __launch_bounds__(gemm::kThreads, 2) step_update_kernel(const StepUpdate p) {
@@ -23,7 +34,7 @@ __global__ void __launch_bounds__(gemm::kThreads, 2) step_update_kernel(const St
   const Source<T> z = {row_at<T>(p.z, b * p.z_batch_stride + f), p.z_token_stride, p.f - f};
   gemm::Accumulator c = {};
   gemm::multiply<T, Major::kMN, Major::kMN>(c, stages, v, z, p.tokens);
-  const float step = p.step_size ? p.step_size[b] : p.lr;
+  const float step = is_shared(p, n) ? NAN : p.step_size ? p.step_size[b] : p.lr;
   float* weight = p.weight + n * p.weight_stride + d * p.row_stride + f;
   gemm::for_each_row(c, [&](int row, int column, const Quad(&x)[gemm::kQuads]) {
     Quad w[gemm::kQuads];

@@ -44,13 +44,15 @@ def fast_weight_apply(
         product of dy and row_scale is an operand, rounded to z.dtype.
     Determinism: bitwise repeatable. With `slots`, a row's bits do not depend on the other rows.
     Cost: 2 D F FLOPs per token forward, 4 D F backward (2 D F where only z needs a gradient, 6 D F
-        with a row scale), and 4 D F bytes read per row: what bounds decode. "triton" takes
+        with a row scale), and 4 D F bytes read per row: what bounds decode. "triton" and "cuda" take
         one launch; two, and float32 scratch of up to 16 outputs, where a weight has too few rows to
-        fill the GPU. It reads an entry once for up to 128 tokens (64 in float32) of a row, and again,
-        side by side, for more tokens and for rows with the same slot: from the GPU's cache if that
-        still has it. Without slots, rows that share the only weight count as one row.
+        fill the GPU ("cuda": only with more than 8 tokens a row). They read an entry once for up to 128
+        tokens (64 in float32) of a row, and again, side by side, for more tokens and for rows with the
+        same slot: from the GPU's cache if that still has it. Without slots, rows that share the only
+        weight count as one row.
     Limits: one derivative. Slots that lie on a GPU are read on the host, which waits for the GPU, by
-        every implementation but "triton". That one never waits, and cannot raise: a row whose slot
+        every implementation but "triton" and "cuda" (its gradients do too: they are library products,
+        those of "eager"). These two never wait, and cannot raise: a row whose slot
         is not in [0, N) reads nothing and gives NaN.
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value (of slots
@@ -105,8 +107,8 @@ def fast_weight_update_(
         D F.
     Limits: not differentiable. Values are not screened: a non-finite z or v makes the entry so.
         Slots that lie on a GPU are read on the host, which waits for the GPU, by every implementation
-        but "triton". That one never waits, and cannot raise: a row whose slot is not in [0, N) writes
-        nothing, and an entry that several slots name becomes NaN.
+        but "triton" and "cuda". These two never wait, and cannot raise: a row whose slot is not in [0, N)
+        writes nothing, and an entry that several slots name becomes NaN.
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value (of slots
             where they are read on the host), before anything is written.
