@@ -4,26 +4,13 @@ import pytest
 import torch
 from emulated import DEVICE, cuda_kernels  # noqa: F401
 from helpers import assert_close
+from test_modules_triton import RULES, both
 from tiny_models import config, gradients, ids, pad, patched
 
 import ttt_kernels as ttt
-from ttt_kernels._config import chosen_implementation
 
 pytestmark = pytest.mark.usefixtures("cuda_kernels")
-RULES = {
-    "specnorm": {"inner_optimizer": "specnorm", "lr": 0.3, "preserve_row_norm": True},
-    "clip_conv": {"inner_optimizer": "clip", "lr": 2.0, "max_norm": 0.1, "target": "conv"},
-}
 BOUND = 3e-2  # of bfloat16 through two layers
-
-
-def both(run) -> tuple:
-    """What `run` returns with each implementation."""
-    results = []
-    for impl in ("eager", "cuda"):
-        with chosen_implementation(impl):
-            results.append(run())
-    return tuple(results)
 
 
 @pytest.fixture(params=RULES)
@@ -42,7 +29,7 @@ def test_training_step(model):
         result.loss.backward()
         return {"logits": result.logits.detach()} | {k: g.clone() for k, g in gradients(model).items()}
 
-    eager, cuda = both(run)
+    eager, cuda = both(run, "cuda")
     assert len(eager) > 15
     assert_close(cuda, eager, BOUND)
 
@@ -64,6 +51,6 @@ def test_a_padded_batch_streams(model):
         writes = torch.tensor([r.writes for r in ttt.diagnostics(out.past_key_values).requests])
         return {"logits": torch.stack(logits), "writes": writes}
 
-    eager, cuda = both(run)
+    eager, cuda = both(run, "cuda")
     assert int(eager["writes"].min()) >= 1
     assert_close(cuda, eager, BOUND)

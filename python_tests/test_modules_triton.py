@@ -14,10 +14,10 @@ RULES = {
 }
 
 
-def both(run) -> tuple:
-    """What `run` returns with each implementation."""
+def both(run, kernels: str = "triton") -> tuple:
+    """What `run` returns on eager and on the kernels."""
     results = []
-    for impl in ("eager", "triton"):
+    for impl in ("eager", kernels):
         with chosen_implementation(impl):
             results.append(run())
     return tuple(results)
