@@ -11,11 +11,11 @@ DEPENDENCIES := $(VENV)/dependencies-$(call hash,$(PINS) pyproject.toml)
 INSTALLED := $(VENV)/installed-$(call hash,$(PINS) $(SOURCES))
 TESTS := python_tests $(wildcard benchmarks)
 
-.PHONY: help setup demo test lint bench info clean
+.PHONY: help setup demo test lint bench gpu-check info docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 \t\2/p' $(MAKEFILE_LIST) | expand -t 15
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 \t\2/p' $(MAKEFILE_LIST) | expand -t 19
 
 setup: $(INSTALLED)  ## create .venv with everything installed
 
@@ -30,6 +30,14 @@ lint: $(INSTALLED)  ## ruff
 
 bench: $(INSTALLED)  ## time the ops; ARGS="--help" lists the options
 	$(PY) -m ttt_kernels bench $(ARGS)
+
+# A GPU machine has the torch that fits it: its own Python, where that has one, and nothing is installed.
+gpu-check:  ## verify what this machine can, GPU or not; ARGS="--help" lists the options
+	@if $(PYTHON) -c 'import torch, pytest' 2>/dev/null; then $(PYTHON) -m ttt_kernels verify $(ARGS); \
+	  else $(MAKE) --no-print-directory setup && $(PY) -m ttt_kernels verify $(ARGS); fi
+
+docs: $(INSTALLED)  ## the documentation as a site, in build/site
+	$(PY) -m mkdocs build
 
 info: $(INSTALLED)  ## what is built, and what runs here
 	$(PY) -m ttt_kernels info

@@ -2,7 +2,8 @@
 
     python docs/pictures.py            # two PNG files into docs/images, half a minute on 2 cores
 
-Needs the `demo` extra. Interleaved calls, medians; the machine is named in each picture.
+Needs the `demo` extra. Interleaved calls, medians; the machine is named in each picture. The pictures of
+docs/benchmarks.md come from JSON lines: `python -m ttt_kernels report`.
 """
 
 from __future__ import annotations

@@ -45,15 +45,20 @@ def emulated_library(sanitize: bool = False) -> Path:
     if missing:
         pytest.skip(f"the emulation is built with cmake, ninja, g++ and pybind11; missing: {missing}")
     build = ROOT / "build" / f"{'sanitized' if sanitize else 'emulation'}-{sys.implementation.cache_tag}"
-    configure = ["-S", SOURCE, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DTTT_SANITIZE={'ON' if sanitize else 'OFF'}"]
+    return cmake_build(SOURCE, build, f"-DTTT_SANITIZE={'ON' if sanitize else 'OFF'}")
+
+
+def cmake_build(source: Path, build: Path, *options: str) -> Path:
+    """The Python module that a CMakeLists.txt makes; what has not changed is not compiled again."""
+    configure = ["-S", source, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", *options]
     build.parent.mkdir(exist_ok=True)
     with open(f"{build}.lock", "w") as lock:  # other processes of tests may be building it
         fcntl.flock(lock, fcntl.LOCK_EX)
         for arguments in (configure, ["--build", build, "--parallel", "2"]):
             result = subprocess.run([tool("cmake"), *arguments], capture_output=True, text=True)
             assert result.returncode == 0, result.stdout + result.stderr
-    return next(build.glob("_C_emulated*.so"))
+    return next(build.glob("_C*.so"))
 
 
 @cache

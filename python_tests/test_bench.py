@@ -2,13 +2,23 @@
 
 import json
 import math
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 
-from ttt_kernels.cli import bench, bench_report, measure
-from ttt_kernels.cli.bench_case import DTYPES, MODES, SHAPES, Case, Implementation, run_once
+from ttt_kernels.cli import bench, bench_baselines, bench_report, measure
+from ttt_kernels.cli.bench_case import (
+    ALL_MODES,
+    DTYPES,
+    MODES,
+    SHAPES,
+    Case,
+    Implementation,
+    Ring,
+    run_once,
+)
 from ttt_kernels.cli.bench_registry import OPERATIONS
 from ttt_kernels.cli.bench_suites import SUITES
 from ttt_kernels.cli.main import main
@@ -17,13 +27,20 @@ CPU = torch.device("cpu")
 TINY = Case("scan", "tiny", d=32, f=96, tokens=80, chunk_size=16)
 
 
-def cases(op: str = "scan") -> list[Case]:
-    return [replace(TINY, op=op, chunk_size=c, mode=m) for c in (16, 32) for m in MODES]
+def cases(op: str = "scan", modes: tuple[str, ...] = MODES) -> list[Case]:
+    return [replace(TINY, op=op, chunk_size=c, mode=m) for c in (16, 32) for m in modes]
 
 
 @pytest.fixture
 def tiny_shape(monkeypatch):
     monkeypatch.setitem(SHAPES, "tiny", (32, 96))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A small cache to overflow, and nothing compiled: test_bench_baselines.py compiles."""
+    monkeypatch.setattr(bench, "cache_bytes", lambda device: 1 << 18)
+    monkeypatch.setattr(bench_baselines, "why_not_compile", lambda device: "not here")
 
 
 # --- the meters ---------------------------------------------------------------------------------
@@ -81,16 +98,74 @@ def test_calls_are_interleaved():
     assert all(len(t.seconds) == 3 for t in times.values())
 
 
+def test_shuffled_rounds_hold_every_call_once():
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "ABCD"}
+    measure.time_interleaved(calls, 20, CPU, shuffle=random.Random(0))
+    turns = [tuple(order[i : i + 4]) for i in range(0, len(order), 4)]
+    assert len(turns) == 20 and all(sorted(turn) == list("ABCD") for turn in turns)
+    assert len(set(turns)) > 10
+
+
+def test_sparse_calls_are_spread_over_the_rounds():
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "AB"}
+    times = measure.time_interleaved(calls, 17, CPU, sparse="B")
+    assert "".join(order) == "ABABABAB" + "AAAAAB" + "AAAAAAAAB"
+    assert len(times["A"].seconds) == 17 and len(times["B"].seconds) == 6
+
+
+def test_rounds_end_when_their_time_is_used_up(monkeypatch):
+    assert list(measure.rounds(3)) == [0, 1, 2]
+    monkeypatch.setattr(measure, "ROUNDS_SECONDS", 0.0)
+    assert len(list(measure.rounds(None))) == measure.MIN_ROUNDS
+    monkeypatch.setattr(measure, "ROUNDS_SECONDS", 60.0)
+    assert len(list(measure.rounds(None))) == measure.MAX_ROUNDS
+
+
+def test_ratios_are_paired_by_round():
+    """A machine that becomes ten times slower changes no ratio of a round."""
+    own, other = measure.Timing([1.0, 10.0, 1.0]), measure.Timing([2.0, 20.0, 20.0])
+    assert own.ratio_to(other) == 0.5 and other.ratio_to(own) == 2.0
+    with pytest.raises(ValueError):
+        own.ratio_to(measure.Timing([1.0]))
+
+
+def test_inputs_rotate_among_more_copies_than_a_cache_holds():
+    op = OPERATIONS["scan"]
+    operands = op.operands(TINY, TINY.inputs())
+    assert operands.nbytes == sum(t.nbytes for t in (*operands.leaves, operands.dy))
+    ring = Ring(operands, cache=3 * operands.nbytes + 1)
+    turns = [ring.take() for _ in range(10)]
+    assert sum(o.nbytes for o in ring.copies) > 3 * operands.nbytes + 1 and len(ring.copies) == 5
+    assert len({o.leaves[0].data_ptr() for o in turns}) == 5 and turns[0] is turns[5] is operands
+    for copy in ring.copies:
+        assert all(torch.equal(a, b) for a, b in zip(copy.leaves, operands.leaves, strict=True))
+    assert Ring(operands, cache=0).copies == [operands]
+
+
+def test_the_cache_is_the_largest_that_the_machine_reports(monkeypatch, tmp_path):
+    for i, size in enumerate(("32K", "1024K", "16M")):
+        (tmp_path / f"index{i}").mkdir()
+        (tmp_path / f"index{i}" / "size").write_text(size + "\n")
+    monkeypatch.setattr(measure, "CPU_CACHES", tmp_path)
+    assert measure.cache_bytes(CPU) == 16 << 20
+    monkeypatch.setattr(measure, "CPU_CACHES", tmp_path / "none")
+    assert measure.cache_bytes(CPU) == measure.UNKNOWN_CACHE
+
+
 # --- the table of operations ----------------------------------------------------------------------
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_every_operation_is_measured(op):
-    results = bench.measure_cases(cases(op), None, 1)
-    possible = [c for c in cases() if c.mode in OPERATIONS[op].modes]
-    assert {x.reason for x in results.left} <= {f"{op} has no gradient"}
+    results = bench.measure_cases(cases(op, ALL_MODES), None, 1)
+    possible = cases(op, OPERATIONS[op].modes)
+    assert {x.reason for x in results.left} <= {f"{op} has no gradient", f"{op} has no prefill"}
     able = [x for x in OPERATIONS[op].implementations.values() if x.why_not(TINY) is None]
     assert len(able) >= 2 and len(results.rows) == len(possible) * len(able)
     for row in results.rows:
         assert row.gflops > 0 and row.gemm_gflops > 0 and row.error_ratio <= 1
+        assert row.gbytes > 0 and row.copy_gbytes > 0
+        assert row.ratios.keys() >= {"reference", "eager"} and row.ratios.get(row.impl, 1.0) == 1.0
     ceilings = {(row.case.chunk_size, row.gemm_gflops) for row in results.rows}
     assert len(ceilings) == len({row.case.chunk_size for row in results.rows})  # one for all modes
 
@@ -98,20 +173,26 @@ def test_every_operation_is_measured(op):
 def test_what_needs_a_gpu_is_left_out_and_said_where_it_is_asked_for():
     results = bench.measure_cases([TINY], ["triton"], 1)
     assert not results.rows
-    assert [x.reason for x in results.left] == ["Triton kernels need a GPU (--device cuda)"]
+    assert [x.reason for x in results.left] == ["triton kernels need a GPU (--device cuda)"]
 
 
-def test_an_operation_bound_by_bytes_has_its_share_of_a_copy():
-    rows = bench.measure_cases([replace(TINY, op="fast_weight_apply", tokens=1)], ["eager"], 1).rows
-    row = rows[0]
-    assert math.isclose(row.gbytes, row.case.weight_bytes / row.milliseconds / 1e6)
-    assert row.copy_share == row.gbytes / row.copy_gbytes and row.copy_gbytes > 0
-    assert bench.measure_cases([TINY], ["eager"], 1).rows[0].copy_share is None
+def test_both_ceilings_stand_beside_a_row_and_one_is_said_to_bind():
+    decode = bench.measure_cases([replace(TINY, op="fast_weight_apply", tokens=1)], ["eager"], 1).rows[0]
+    scan = bench.measure_cases([TINY], ["eager"], 1).rows[0]
+    assert (decode.bound, decode.use, scan.bound, scan.use) == ("copy", "decode", "gemm", "fwd")
+    moved = decode.case.weight_bytes + 4 * (TINY.d + TINY.f)
+    assert math.isclose(decode.gbytes, moved / decode.milliseconds / 1e6)
+    for row in (decode, scan):
+        assert row.copy_share == row.gbytes / row.copy_gbytes
+        assert row.gemm_share == row.gflops / row.gemm_gflops
 
 
-def test_scan_flops_are_those_of_the_docstring():
-    case = Case("scan", "x", d=3, f=5, tokens=7, chunk_size=2, batch=2)
-    assert OPERATIONS["scan"].flops(case) == (4 * 3 * 5 * 14, 10 * 3 * 5 * 14)
+def test_the_floor_does_less_work_and_is_rated_by_its_own():
+    rows = {row.impl: row for row in bench.measure_cases([TINY], ["eager", "plain"], 1).rows}
+    work = {impl: row.gflops * row.milliseconds * 1e6 for impl, row in rows.items()}
+    assert math.isclose(work["eager"], 2 * work["plain"])
+    assert math.isclose(work["plain"], 2 * TINY.d * TINY.f * TINY.tokens)
+    assert math.isclose(rows["eager"].ratios["plain"] * rows["plain"].ratios["eager"], 1.0)
 
 
 @pytest.mark.parametrize("op", ["scan", "conv_target", "spectral_step_size"])
@@ -152,6 +233,60 @@ def test_a_red_parity_check_refuses_to_time():
     assert all(x.impl == "faulty" and "parity is red" in x.reason for x in results.refused)
 
 
+def test_a_floor_that_is_wrong_is_refused_too():
+    op = OPERATIONS["scan"]
+    floor = op.of("plain")
+    wrong = Implementation(lambda *leaves, **options: 1.003 * bench_baselines.plain_projection(*leaves))
+    floor = replace(floor, implementations={**floor.implementations, "plain": wrong})
+    added = {**op.implementations, "plain": replace(wrong, instead=floor)}
+    operations = {**OPERATIONS, "scan": replace(op, implementations=added)}
+    results = bench.measure_cases([TINY], ["eager", "plain"], 1, operations=operations)
+    assert [row.impl for row in results.rows] == ["eager"]
+    assert [x.impl for x in results.refused] == ["plain"]
+
+
+def test_each_length_and_batch_is_timed_and_checked_once():
+    said = []
+    swept = [replace(TINY, tokens=t, batch=b) for t in (600, 700) for b in (1, 2)]
+    assert len(bench.measure_cases(swept, ["eager"], 1, said.append).rows) == 4
+    assert sum("checking" in text for text in said) == 1
+
+
+def test_an_implementation_that_says_it_cannot_is_left_out_with_its_reason():
+    def cannot(*leaves, **options):
+        raise NotImplementedError("only on Sundays")
+
+    op = OPERATIONS["scan"]
+    added = {**op.implementations, "sunday": Implementation(cannot)}
+    operations = {**OPERATIONS, "scan": replace(op, implementations=added)}
+    results = bench.measure_cases(cases(), ["eager", "sunday", "unheard"], 1, operations=operations)
+    assert {row.impl for row in results.rows} == {"eager"}
+    reasons = {(x.impl, x.kind, x.reason) for x in results.left}
+    assert reasons == {
+        ("sunday", "skipped", "only on Sundays"),
+        ("unheard", "skipped", "scan has no such implementation"),
+    }
+    assert {x.case for x in results.left} == set(cases())
+
+
+def test_an_implementation_that_fails_is_refused_and_costs_the_others_nothing():
+    def fails(*leaves, **options):
+        raise RuntimeError("illegal memory access\nsecond line")
+
+    def too_large(*leaves, **options):
+        raise torch.OutOfMemoryError("40 GiB")
+
+    op = OPERATIONS["scan"]
+    added = {"fails": Implementation(fails), "large": Implementation(too_large), **op.implementations}
+    operations = {**OPERATIONS, "scan": replace(op, implementations=added)}
+    results = bench.measure_cases([TINY], ["fails", "large", "eager"], 1, operations=operations)
+    assert [row.impl for row in results.rows] == ["eager"]
+    assert [(x.impl, x.kind, x.reason) for x in results.left] == [
+        ("fails", "refused", "it raised RuntimeError: illegal memory access"),
+        ("large", "skipped", "it ran out of memory"),
+    ]
+
+
 def test_a_result_that_is_not_a_number_is_red():
     assert bench.wrong_results(TINY, "x", float("nan")).kind == "refused"
     assert bench.wrong_results(TINY, "x", float("inf")).kind == "refused"
@@ -161,7 +296,7 @@ def test_a_result_that_is_not_a_number_is_red():
 def test_what_does_not_fit_is_skipped_and_said(monkeypatch):
     monkeypatch.setattr(bench, "available_memory", lambda device: 10_000)
     results = bench.measure_cases([TINY], None, 1)
-    assert [row.impl for row in results.rows] == ["eager"]
+    assert [row.impl for row in results.rows] == ["eager", "plain"]
     assert [(x.impl, x.kind) for x in results.left] == [("reference", "skipped")]
     assert "available" in results.left[0].reason
 
@@ -174,9 +309,10 @@ def test_command_writes_lines_table_and_plot(tmp_path, capsys, tiny_shape):
     records = [json.loads(line) for line in lines.read_text().splitlines()]
     assert records[0]["kind"] == "environment" and records[0]["torch"] == torch.__version__
     rows = records[1:]
-    assert len(rows) == 8 and {r["kind"] for r in rows} == {"result"}
+    assert len(rows) == 12 and {r["kind"] for r in rows} == {"result"}
     wanted = {"milliseconds", "milliseconds_p20", "gflops", "gemm_share", "extra_weights",
-              "error_ratio", "chunk_size", "impl", "mode"}  # fmt: skip
+              "error_ratio", "chunk_size", "impl", "mode", "ratio_to_reference", "ratio_to_eager",
+              "ratio_to_plain", "gbytes", "copy_share", "bound", "use"}  # fmt: skip
     assert wanted <= rows[0].keys() and rows[0]["preserve_row_norm"] is True
     assert picture.read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out

@@ -28,7 +28,7 @@ def test_module_runs_in_a_process_of_its_own():
     assert (done.returncode, done.stdout.strip()) == (0, __version__)
 
 
-@pytest.mark.parametrize("command", ["info", "demo", "generate", "bench", "kernels"])
+@pytest.mark.parametrize("command", ["info", "demo", "generate", "bench", "kernels", "verify"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])

@@ -102,7 +102,48 @@ def commented_out_code(source: str) -> list[str]:
 
 def commented_out_cpp(source: str) -> list[str]:
     lines = enumerate(source.splitlines(), 1)
-    return [f"line {n}: commented-out code" for n, s in lines if re.match(r"\s*//.*[;{]\s*$", s)]
+    code = r"\s*//.*([)\]];|=.*;|return\b.*;|\{)\s*$"  # prose may end with a semicolon
+    return [f"line {n}: commented-out code" for n, s in lines if re.match(code, s)]
+
+
+def _without_comments(source: str) -> str:
+    """C++ with the comments and strings emptied; lines stay where they are."""
+    literal = r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"'
+    return re.sub(literal, lambda m: "\n" * m[0].count("\n"), source, flags=re.S)
+
+
+def long_cpp_functions(source: str, limit: int = 150) -> list[str]:
+    """From the brace that opens a body to the one that closes it."""
+    text, found, opened = _without_comments(source), [], []
+    for brace in re.finditer(r"[{}]", text):
+        if brace[0] == "{":
+            head = re.split(r"[;{}]", text[: brace.start()])[-1].strip()
+            opened.append((brace.start(), head))
+        elif opened:
+            start, head = opened.pop()
+            size = text.count("\n", start, brace.end()) + 1
+            if size > limit and ")" in head and not re.match(r"(namespace|class|struct|enum|extern)\b", head):
+                found.append(f"{head.splitlines()[-1]} has {size} lines, at most {limit}")
+    return found
+
+
+# What a file of csrc may not hold, which files that is said of, and why.
+CPP_RULES = (
+    (r"\basm\b", r"csrc/(?!include/ttt/primitives/|emulation/)", "PTX is in include/ttt/primitives only"),
+    (r"<<<", r"csrc/(?!kernels/device/)", "kernels are launched by ttt::launch"),
+    (r"\b__shared__\b", r"csrc/(?!include/ttt/primitives/platform)", "shared memory is ttt::shared_storage"),
+    (r"\batomic[A-Z]\w*\s*\(", r"csrc/(include|kernels)/", "sums are made in an order of their own"),
+    (r"#include.*\b(torch|ATen|c10)/", r"csrc/", "csrc knows no torch"),
+    (r"#include.*(pybind11|Python\.h)", r"csrc/(include|kernels)/", "only the bindings know Python"),
+    (r"#include.*(cuda|\.cuh|host\.h)", r"csrc/(bindings/|include/ttt/(?!host)\w+\.h)", "plain C++ only"),
+)
+
+
+def cpp_rules(source: str, name: str) -> list[str]:
+    # Without comments, but with the names of what is included.
+    lines = re.sub(r"//[^\n]*", "", source).splitlines()
+    rules = [(pattern, why) for pattern, files, why in CPP_RULES if re.match(files, name)]
+    return [f"line {n}: {why}" for n, s in enumerate(lines, 1) for p, why in rules if re.search(p, s)]
 
 
 MACHINE = re.compile(
@@ -131,8 +172,8 @@ def missing_paths(text: str) -> list[str]:
 
 
 def missing_targets(text: str) -> list[str]:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    named = set(re.findall(r"(?:^|`)make ([a-z]+)", text, re.M))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.M))
     return [f"make {name} does not exist" for name in sorted(named - targets)]
 
 
@@ -170,6 +211,11 @@ def test_files_are_small():
 
 def test_functions_are_small():
     assert not complaints(long_functions, python_files())
+    assert not complaints(long_cpp_functions, compiled_files())
+
+
+def test_csrc_keeps_its_rules():
+    assert not [c for p in compiled_files() for c in complaints(partial(cpp_rules, name=relative(p)), [p])]
 
 
 def test_public_functions_have_few_parameters():
@@ -229,6 +275,16 @@ BAD = [
     (commented_out_code, "x = 1\n# y = f(x)\n"),
     (commented_out_code, "# for i in range(3):\n#     x += i\n"),
     (commented_out_cpp, "  // launch(grid, block);\n"),
+    (commented_out_cpp, "  // int x = y;\n"),
+    (long_cpp_functions, "void f(int a,\n       int b) {\n" + "  x();\n" * 149 + "}\n"),
+    (partial(cpp_rules, name="csrc/kernels/a/a.cu"), 'asm volatile("bar.sync 0;");'),
+    (partial(cpp_rules, name="csrc/kernels/a/a.cuh"), "a_kernel<<<1, 1>>>();"),
+    (partial(cpp_rules, name="csrc/include/ttt/a.cuh"), "__shared__ float x[4];"),
+    (partial(cpp_rules, name="csrc/kernels/a/a.cu"), "atomicAdd(x, 1.0f);"),
+    (partial(cpp_rules, name="csrc/bindings/a.cpp"), "#include <torch/extension.h>"),
+    (partial(cpp_rules, name="csrc/kernels/a/a.cu"), "#include <pybind11/pybind11.h>"),
+    (partial(cpp_rules, name="csrc/bindings/a.cpp"), "#include <cuda_runtime.h>"),
+    (partial(cpp_rules, name="csrc/include/ttt/a.h"), '#include "ttt/host.h"'),
     (machine_traces, "path = '" + "/ho" + "me/me/data'"),
     (machine_traces, "pip install --" + "index-url x"),
     (missing_paths, "see `docs/no_such_page.md`"),
@@ -242,7 +298,11 @@ GOOD = [
     (long_functions, "@triton.jit\ndef f():\n" + "    x = 1\n" * 149),
     (many_parameters, "def f(self, a, b, c, d, e, f, g, h, i, j): ..."),
     (commented_out_code, "# y = x W^T, and G = V^T Z\n# pass\n# a -> b\n#!/usr/bin/env python\n"),
-    (commented_out_cpp, "// The list is ours, and is applied per target.\n"),
+    (commented_out_cpp, "// The list is ours, and is applied per target;\n// so it is.\n"),
+    (long_cpp_functions, "namespace a {\nvoid f() {\n" + "  x();\n" * 148 + "}\n}\n"),
+    (long_cpp_functions, "struct A {  // f() {\n" + "  int f(){ return 1; }\n" * 200 + "};\n"),
+    (partial(cpp_rules, name="csrc/kernels/device/device.cu"), "a_kernel<<<1, 1>>>();  // asm"),
+    (partial(cpp_rules, name="csrc/include/ttt/host.h"), "#include <cuda_runtime.h>"),
     (machine_traces, "#!/usr/bin/env bash\ncd a/work/b; echo ${HOME}/opt/x"),
     (missing_paths, "`README.md`, `ttt_kernels/ops/`, `impl=\"auto\"`, `state/dtype`"),
     (missing_targets, "run `make test`; they make coffee"),

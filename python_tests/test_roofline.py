@@ -1,6 +1,7 @@
 """The time model: every term of it, by a launch in which only that term matters."""
 
 import doctest
+from dataclasses import fields
 
 import pytest
 
@@ -16,6 +17,7 @@ from ttt_kernels.testing.roofline import (
     Tiles,
     Work,
     busiest,
+    machine_called,
     predict,
     tile_seconds,
 )
@@ -107,9 +109,31 @@ def test_a_kernel_that_does_not_fit_has_no_time():
         predict(H200, [product(1, resident=0)])
 
 
+def test_float32_products_have_no_tensor_cores():
+    call = LibraryCall("torch.bmm", 1e12, 1e6, float32=True)
+    found = predict(H200, [call])
+    assert found.device == pytest.approx(1e12 / H200.float32_flops + LAUNCH_GAP)
+    assert found.device > found.roof == pytest.approx(1e12 / H200.float32_flops)
+
+
 def test_machines_reach_less_than_their_datasheets():
     assert {m.architecture for m in MACHINES.values()} == {80, 90, 100}
     for machine in MACHINES.values():
         assert machine.flops < machine.peak_flops
         assert machine.bandwidth < machine.peak_bandwidth
-        assert machine.source
+        assert machine.float32_flops < machine.flops / 4
+
+
+def test_every_number_of_a_machine_has_a_source():
+    """And what is assumed says so: everything but data sheets and what an H200 was seen to reach."""
+    for machine in MACHINES.values():
+        numbers = {f.name for f in fields(machine)} - {"name", "device", "architecture", "sources"}
+        assert set(machine.sources) == numbers
+        assert machine.sources["l2_bandwidth"].startswith("assumed")
+        measured = {name for name, text in machine.sources.items() if text.startswith("measured")}
+        assert measured == ({"flops", "bandwidth"} if machine is H200 else set())
+
+
+def test_a_machine_is_found_by_the_driver_s_name():
+    assert machine_called("NVIDIA H200") is H200
+    assert machine_called("NVIDIA H100 PCIe") is machine_called("cpu") is None

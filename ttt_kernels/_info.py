@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from ttt_kernels import __version__, _config, _extension
+from ttt_kernels.ops.cuda_launch import compiled_ops, describe_kernels
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def _describe_extension() -> str:
         return reason
     module = _extension.load()
     built = ", ".join(module.cuda_architectures)
-    return f"built with CUDA {module.cuda_runtime_version()} for {built}; it holds the device query"
+    ops = ", ".join(compiled_ops()) or "nothing: it holds the device query only"
+    return f"built with CUDA {module.cuda_runtime_version()} for {built}; impl='cuda' runs {ops}"
 
 
 def _devices() -> tuple[str, ...]:
@@ -88,11 +90,14 @@ def _describe_device(device: dict) -> str:
     if "name" not in device:
         return f"cuda:{device['index']}: {device['error']}"
     capability = ".".join(map(str, device["compute_capability"]))
-    image = device["image"] or f"no compiled image ({device['error']})"
+    if device["image"]:
+        runs = f"loads {device['image']}: impl='cuda' runs {describe_kernels(device['image'])}"
+    else:
+        runs = f"loads no compiled image, so not impl='cuda' ({device['error']})"
     return (
         f"cuda:{device['index']}: {device['name']}, compute {capability}, "
         f"{device['multiprocessors']} multiprocessors, {device['memory_bytes'] / 2**30:.0f} GiB, "
-        f"{device['shared_memory_per_block_bytes'] // 1024} KiB shared memory, runs {image}"
+        f"{device['shared_memory_per_block_bytes'] // 1024} KiB shared memory, {runs}"
     )
 
 

@@ -349,6 +349,12 @@ cudaError_t run(const std::function<void()>& kernel, dim3 grid, dim3 size, int s
 
 }  // namespace ttt::emulation
 
+void ttt_emulation_set_schedule(int order, int timing, std::uint64_t seed) {
+  ttt::emulation::set_schedule(order, timing, seed);
+}
+
+const char* ttt_emulation_last_error() { return ttt::emulation::last_error().c_str(); }
+
 const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {
     case cudaSuccess: return "cudaSuccess";

@@ -19,3 +19,7 @@ void set_schedule(int order, int timing, std::uint64_t seed);
 const std::string& last_error();
 
 }  // namespace ttt::emulation
+
+// The same for who calls from another language.
+extern "C" void ttt_emulation_set_schedule(int order, int timing, std::uint64_t seed);
+extern "C" const char* ttt_emulation_last_error();

@@ -40,7 +40,7 @@ extern __thread uint3 threadIdx, blockIdx, blockDim, gridDim;
 namespace ttt::emulation {
 
 constexpr int kMostShared = 232448;  // bytes a block may ask for on sm_90
-constexpr int kMultiprocessors = 3;
+constexpr int kMultiprocessors = 2;
 
 struct Site {
   const char* file;

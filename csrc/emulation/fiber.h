@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-#if !defined(__x86_64__) || defined(TTT_EMULATION_UCONTEXT)
+#ifndef __x86_64__
 #define TTT_EMULATION_PORTABLE 1
 #include <ucontext.h>
 #endif

@@ -1,22 +1,31 @@
 """`python -m ttt_kernels bench`: check, measure and time, all implementations in one run.
 
-Every number has its hardware, its error and the machine's own GEMM rate from the same rounds beside
-it. An implementation whose parity check is red is not timed.
+Every number has its hardware, its error and the machine's own GEMM and copy rates from the same rounds
+beside it. An implementation whose parity check is red is not timed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from ttt_kernels.cli.bench_case import DTYPES, Case, Implementation, Operation, run_once
+from ttt_kernels.cli.bench_baselines import COMPILED, PLAIN, REFERENCE, multiply_dtype
+from ttt_kernels.cli.bench_case import DTYPES, Case, Implementation, Operation, Ring, run_once
+from ttt_kernels.cli.bench_parity import forget
 from ttt_kernels.cli.bench_registry import OPERATIONS
-from ttt_kernels.cli.measure import Timing, available_memory, extra_memory, time_interleaved
-from ttt_kernels.testing import ScanInputs
-from ttt_kernels.types import compute_dtype
+from ttt_kernels.cli.measure import (
+    Timing,
+    available_memory,
+    cache_bytes,
+    extra_memory,
+    time_interleaved,
+)
 
+BASELINES = (REFERENCE, "eager", PLAIN)  # a row has its time over theirs, round by round
 MEMORY_SHARE = 0.9  # of what is available; the rest is for everything else on the machine
 
 
@@ -32,10 +41,13 @@ class Row:
     repeats: int
     gflops: float  # GFLOP/s by the operation's formula
     gemm_gflops: float  # best GEMM rate of the same rounds
-    gbytes: float | None  # GB/s by the operation's formula, where one bounds it
+    gbytes: float | None  # GB/s by the operation's formula
     copy_gbytes: float | None  # what a copy read and wrote in the same rounds, GB/s
     extra_bytes: int
     error_ratio: float
+    bound: str = "gemm"  # which of the two ceilings limits the operation in use
+    use: str = "fwd"  # the mode, or what the operation is for
+    ratios: Mapping[str, float] = field(default_factory=dict)  # median over rounds, by baseline
 
     @property
     def gemm_share(self) -> float:
@@ -52,12 +64,13 @@ class Row:
     def as_record(self) -> dict[str, object]:
         fields = asdict(self)
         case = fields.pop("case")
+        ratios = {f"ratio_to_{name}": x for name, x in fields.pop("ratios").items()}
         shares = {
             "gemm_share": self.gemm_share,
             "copy_share": self.copy_share,
             "extra_weights": self.extra_weights,
         }
-        return {"kind": "result", **case, **fields, **shares}
+        return {"kind": "result", **case, **fields, **shares, **ratios}
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,7 @@ class Candidate:
 def measure_cases(
     cases: Sequence[Case],
     impls: Sequence[str] | None,
-    repeats: int,
+    repeats: int | None,
     say: Callable[[str], None] = lambda text: None,
     operations: dict[str, Operation] = OPERATIONS,
 ) -> Results:
@@ -113,11 +126,11 @@ def measure_cases(
     first: the reference frees gigabytes at short chunks, and for as long as the machine keeps them at
     hand every large allocation after that costs less than it does in a program of its own.
     """
-    results = Results()
+    results, checked = Results(), {}
     for group in grouped(cases):
         op = operations[group[0].op]
         able = [i for i, x in op.implementations.items() if any(x.why_not(c) is None for c in group)]
-        measure_group(group, op, list(impls or able), repeats, say, results)
+        measure_group(group, op, list(impls or able), repeats, say, results, checked)
     return results
 
 
@@ -128,60 +141,110 @@ def grouped(cases: Sequence[Case]) -> Iterator[list[Case]]:
     yield from groups.values()
 
 
-def measure_group(cases, op: Operation, impls, repeats: int, say, results: Results) -> None:
+def measure_group(cases, op: Operation, impls, repeats, say, results: Results, checked: dict) -> None:
     device = torch.device(cases[0].device)
-    data = cases[0].inputs()
-    errors: dict[tuple[int, str], float] = {}
-    candidates, memory = [], {}
+    if COMPILED in impls:
+        torch.compiler.reset()  # it compiles a function for eight cases at most
+    ready: dict[Candidate, tuple[int, float]] = {}  # extra memory, error
+    data, rings = cases[0].inputs(), {}
     for case in cases:
         for impl in impls:
-            implementation = op.implementations[impl]
             left = cannot_run(case, impl, op)
-            left = left or not_enough_memory(case, impl, implementation, device)
+            left = left or not_enough_memory(case, impl, op.implementations[impl], device)
+            left = left or not_right(case, impl, op, say, checked)
             if left is None:
-                key = (case.chunk_size, impl)
-                if key not in errors:
-                    say(f"checking {describe(case)} {impl}")
-                    errors[key] = op.parity(case, op, impl)
-                left = wrong_results(case, impl, errors[key])
+                work = op.of(impl)
+                if id(work) not in rings:
+                    rings[id(work)] = Ring(work.operands(case, data), cache_bytes(device))
+                candidate = bind(case, impl, op, rings[id(work)])
+                extra = attempt(case, impl, functools.partial(warmed_up, candidate, device))
+                left = extra if isinstance(extra, Left) else None
             if left is not None:
                 results.left.append(left)
                 continue
-            candidate = bind(case, impl, op, data)
-            memory[candidate] = extra_memory(candidate.call, device)  # also its warm-up
-            candidates.append(candidate)
-    if not candidates:
-        return
+            ready[candidate] = (extra, checked[check_key(case, impl)])
+    forget()
+    if ready:
+        say(f"timing {len(ready)} candidates, interleaved")
+        results.rows += timed_rows(ready, cases, op, repeats, device)
+
+
+def check_key(case: Case, impl: str) -> tuple[Case, str]:
+    """Modes, and cases that are the same when shortened, share a check."""
+    return replace(case.short(), mode="fwd"), impl
+
+
+def not_right(case: Case, impl: str, op: Operation, say, checked: dict) -> Left | None:
+    key, work = check_key(case, impl), op.of(impl)
+    if key not in checked:
+        say(f"checking {describe(case)} {impl}")
+        checked[key] = attempt(case, impl, lambda: work.parity(case, work, impl))
+    if isinstance(checked[key], Left):
+        return replace(checked[key], case=case)
+    return wrong_results(case, impl, checked[key])
+
+
+def attempt(case: Case, impl: str, action: Callable[[], object]) -> object | Left:
+    """What an implementation gives, or what it says instead: one that fails does not cost the others."""
+    try:
+        return action()
+    except NotImplementedError as error:
+        return Left(case, impl, "skipped", str(error))
+    except torch.OutOfMemoryError:
+        return Left(case, impl, "skipped", "it ran out of memory")
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [""])[0]
+        kind = "skipped" if impl == COMPILED else "refused"  # what a compiler lacks is not our mistake
+        return Left(case, impl, kind, f"it raised {type(error).__name__}: {text}")
+
+
+def warmed_up(candidate: Candidate, device: torch.device) -> int:
+    """The extra memory of a call that is not the first: that one compiles, where something compiles."""
+    candidate.call()
+    return extra_memory(candidate.call, device)
+
+
+def bind(case: Case, impl: str, op: Operation, ring: Ring) -> Candidate:
+    """Each call takes the next operands of the ring."""
+    call = op.implementations[impl].call
+    return Candidate(case, impl, lambda: run_once(call, ring.take(), case.mode))
+
+
+def timed_rows(ready: Mapping, cases, op: Operation, repeats, device: torch.device) -> list[Row]:
     gemms = gemm_calls(cases, op, device)
-    copy, copied = copy_call(device) if op.traffic else (None, 0)
-    for call, _ in gemms.values():
+    copy, copied = copy_call(device)
+    ceilings = {"copy": copy, **{shape: call for shape, (call, _) in gemms.items()}}
+    for call in ceilings.values():
         call()
-    say(f"timing {len(candidates)} candidates, {repeats} interleaved rounds")
-    calls = {c: c.call for c in candidates} | {shape: call for shape, (call, _) in gemms.items()}
-    if copy is not None:
-        calls["copy"] = copy
-    times = time_interleaved(calls, repeats, device)
-    bandwidth = copied / times["copy"].median / 1e9 if copy is not None else None
+    times = time_interleaved(
+        {c: c.call for c in ready} | ceilings, repeats, device, shuffle=random.Random(0), sparse=ceilings
+    )
     rate = max(flops / times[shape].median for shape, (_, flops) in gemms.items()) / 1e9
-    for candidate in candidates:
-        error = errors[candidate.case.chunk_size, candidate.impl]
-        ceilings = (rate, bandwidth)
-        row = row_of(candidate, op, times[candidate], ceilings, memory[candidate], error)
-        results.rows.append(row)
-
-
-def bind(case: Case, impl: str, op: Operation, data: ScanInputs) -> Candidate:
-    operands, call = op.operands(case, data), op.implementations[impl].call
-    return Candidate(case, impl, lambda: run_once(call, operands, case.mode))
+    bandwidth = copied / times["copy"].median / 1e9
+    of_case = {(c.case, c.impl): times[c] for c in ready}
+    rows = []
+    for candidate, (extra, error) in ready.items():
+        own = times[candidate]
+        others = {name: of_case.get((candidate.case, name)) for name in BASELINES}
+        ratios = {name: own.ratio_to(other) for name, other in others.items() if other is not None}
+        work = op.of(candidate.impl)
+        rows.append(row_of(candidate, work, own, (rate, bandwidth), extra, error, ratios))
+    return rows
 
 
 def row_of(
-    candidate: Candidate, op: Operation, timing: Timing, ceilings: tuple, extra: int, error: float
+    candidate: Candidate,
+    op: Operation,
+    timing: Timing,
+    ceilings: tuple[float, float],
+    extra: int,
+    error: float,
+    ratios: Mapping[str, float] | None = None,
 ) -> Row:
+    """`op`: the operation that the candidate computes, whose formulas count."""
     case, (rate, bandwidth) = candidate.case, ceilings
-    forward_only = op.traffic is not None and case.mode == "fwd"
-    forward, backward = op.flops(case)
-    flops = forward if case.mode == "fwd" else forward + backward
+    backward = case.mode == "fwd+bwd"
+    flops, traffic = (own[0] + own[1] * backward for own in (op.flops(case), op.traffic(case)))
     return Row(
         case=case,
         impl=candidate.impl,
@@ -191,17 +254,23 @@ def row_of(
         repeats=len(timing.seconds),
         gflops=flops / timing.median / 1e9,
         gemm_gflops=rate,
-        gbytes=op.traffic(case) / timing.median / 1e9 if forward_only else None,
+        gbytes=traffic / timing.median / 1e9,
         copy_gbytes=bandwidth,
         extra_bytes=extra,
         error_ratio=error,
+        bound=op.bound,
+        use=op.use or case.mode,
+        ratios=ratios or {},
     )
 
 
 def cannot_run(case: Case, impl: str, op: Operation) -> Left | None:
-    why_not = op.implementations[impl].why_not(case)
-    if case.mode not in op.modes:
-        why_not = f"{case.op} has no gradient"
+    if impl not in op.implementations:
+        why_not = f"{case.op} has no such implementation"
+    elif case.mode not in op.modes:
+        why_not = f"{case.op} has no {'gradient' if case.mode == 'fwd+bwd' else case.mode}"
+    else:
+        why_not = op.implementations[impl].why_not(case)
     return None if why_not is None else Left(case, impl, "skipped", why_not)
 
 
@@ -227,10 +296,9 @@ def wrong_results(case: Case, impl: str, error: float) -> Left | None:
 
 def gemm_calls(cases: Sequence[Case], op: Operation, device: torch.device) -> dict:
     """(call, FLOPs) of each product the cases are made of, as one plain `torch.mm` into a given
-    output. On a CPU in the precision in which the operands are multiplied there (float32 for
-    bfloat16), elsewhere in the operands' own."""
-    dtype = DTYPES[cases[0].dtype]
-    dtype = compute_dtype(dtype) if device.type == "cpu" else dtype
+    output: a ceiling, so with operands as warm as they get. On a CPU in the precision in which the
+    operands are multiplied there (float32 for bfloat16), elsewhere in the operands' own."""
+    dtype = multiply_dtype(device, DTYPES[cases[0].dtype])
     generator = torch.Generator().manual_seed(3)
     calls = {}
     for m, k, n in sorted({shape for case in cases for shape in op.gemms(case)}):
@@ -241,9 +309,11 @@ def gemm_calls(cases: Sequence[Case], op: Operation, device: torch.device) -> di
     return calls
 
 
+@functools.cache
 def copy_call(device: torch.device) -> tuple[Callable[[], object], int]:
-    """One copy too large for a cache, and the bytes it reads and writes."""
-    count = 1 << (28 if device.type == "cuda" else 24)
+    """One copy whose source no cache holds, and the bytes it reads and writes. Made once: to touch so
+    much memory for the first time takes long."""
+    count = max(1 << (28 if device.type == "cuda" else 24), cache_bytes(device) // 4)
     source = torch.ones(count, device=device)
     into = torch.empty_like(source)
     return (lambda: into.copy_(source)), 2 * count * source.element_size()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,8 @@ from ttt_kernels.testing import ScanInputs, make_inputs
 from ttt_kernels.types import ceil_div, compute_dtype
 
 MODES = ("fwd", "fwd+bwd")
+PREFILL = "prefill"  # forward without gradients that returns the state too: a request's prompt
+ALL_MODES = ("fwd", PREFILL, "fwd+bwd")
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -73,15 +76,37 @@ class Operands:
         leaves = tuple(t.to(dtype) for t in self.leaves)
         return Operands(leaves, self.options, self.dy.to(compute_dtype(dtype)))
 
+    def clone(self) -> Operands:
+        return Operands(tuple(t.clone() for t in self.leaves), self.options, self.dy.clone())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.leaves, self.dy))
+
+
+class Ring:
+    """Operands and as many copies as together exceed a cache of `cache` bytes, taken in turn: a call
+    finds its inputs in memory, as the layers of a model do, and not in the cache."""
+
+    def __init__(self, operands: Operands, cache: int) -> None:
+        copies = ceil_div(cache, operands.nbytes)
+        self.copies = [operands, *(operands.clone() for _ in range(copies))]
+        self._turns = itertools.cycle(self.copies)
+
+    def take(self) -> Operands:
+        return next(self._turns)
+
 
 @dataclass(frozen=True)
 class Implementation:
     """`memory(case)` estimates the bytes it needs, so that a hopeless run is not started;
-    `why_not(case)` says why it cannot run a case at all."""
+    `why_not(case)` says why it cannot run a case at all. `instead`: the operation that it is an
+    implementation of where that is another one, timed in the same rounds as a floor."""
 
     call: Callable[..., Tensor]
     memory: Callable[[Case], int] = lambda case: 0
     why_not: Callable[[Case], str | None] = lambda case: None
+    instead: Operation | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +114,7 @@ class Operation:
     """A row of the table.
 
     operands: from a case and its random inputs.
-    flops: (forward, backward) per call, the formulas of the public docstrings.
-    traffic: bytes per forward call, where moving them is what bounds it; else None.
+    flops, traffic: (forward, backward) per call; the formulas stand in `bench_formulas`.
     gemms: (m, k, n) of the matrix products it is made of; their best rate is the ceiling.
     parity: worst error of an implementation over the budget of its precision contract.
     contract: the contract in plain torch, for `reference_parity`; None = the reference.
@@ -98,25 +122,35 @@ class Operation:
         literal formula, which is the contract it is held against.
     row_norm: whether preserve_row_norm means anything here.
     modes: those it has; without a gradient, "fwd" alone.
+    bound: the ceiling that limits it in use, "gemm" or "copy".
+    use: what it is for where the mode does not say it.
     """
 
     operands: Callable[[Case, ScanInputs], Operands]
     implementations: Mapping[str, Implementation]
     flops: Callable[[Case], tuple[int, int]]
+    traffic: Callable[[Case], tuple[int, int]]
     gemms: Callable[[Case], tuple[tuple[int, int, int], ...]]
     parity: Callable[[Case, Operation, str], float]
-    traffic: Callable[[Case], int] | None = None
     contract: Callable[..., Tensor] | None = None
     slack: float = 1.0
     row_norm: bool = False
     modes: tuple[str, ...] = MODES
+    bound: str = "gemm"
+    use: str | None = None
+
+    def of(self, impl: str) -> Operation:
+        """The operation that `impl` implements: this one, or what is timed beside it as a floor."""
+        return self.implementations[impl].instead or self
 
 
-def run_once(call: Callable[..., Tensor], operands: Operands, mode: str) -> tuple:
-    """The result, and with "fwd+bwd" the gradient of every leaf."""
-    if mode == "fwd":
+def run_once(call: Callable[..., Tensor | tuple], operands: Operands, mode: str) -> tuple:
+    """The result; with "fwd+bwd" also the gradient of every leaf, with "prefill" also the state."""
+    if mode != "fwd+bwd":
+        carry = {"return_state": True} if mode == PREFILL else {}
         with torch.no_grad():
-            return (call(*operands.leaves, **operands.options),)
+            result = call(*operands.leaves, **operands.options, **carry)
+        return result if isinstance(result, tuple) else (result,)
     leaves = [t.detach().requires_grad_() for t in operands.leaves]
     result = call(*leaves, **operands.options)
     return (result.detach(), *torch.autograd.grad(result, leaves, operands.dy.to(result.dtype)))

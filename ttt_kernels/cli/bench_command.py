@@ -8,15 +8,28 @@ from pathlib import Path
 
 import torch
 
-from ttt_kernels.cli import bench_models, bench_report
+from ttt_kernels.cli import (
+    bench_base,
+    bench_compare,
+    bench_models,
+    bench_models_suite,
+    bench_report,
+)
 from ttt_kernels.cli.arguments import positive_int
 from ttt_kernels.cli.bench import Results, measure_cases
-from ttt_kernels.cli.bench_case import DTYPES, MODES, SHAPES, Case
+from ttt_kernels.cli.bench_case import ALL_MODES, DTYPES, MODES, SHAPES, Case
 from ttt_kernels.cli.bench_registry import OPERATIONS
-from ttt_kernels.cli.bench_suites import SUITES
+from ttt_kernels.cli.bench_suites import SUITES, SWEEPS, Suite
 from ttt_kernels.cli.errors import UserError, require
-from ttt_kernels.cli.measure import busy_warning, environment
+from ttt_kernels.cli.measure import (
+    MAX_ROUNDS,
+    MIN_ROUNDS,
+    ROUNDS_SECONDS,
+    busy_warning,
+    environment,
+)
 
+FIXED_REPEATS = 5  # of what does not choose for itself
 GRID_DEFAULTS = {
     "op": ["scan"],
     "shape": ["qwen3-0.6b"],
@@ -27,6 +40,7 @@ GRID_DEFAULTS = {
     "batch": 1,
     "preserve_row_norm": False,
 }
+MODEL_SUITES = {"streaming": bench_models.run, bench_models_suite.SUITE: bench_models_suite.run}
 
 
 def add_parser(commands) -> None:
@@ -34,7 +48,7 @@ def add_parser(commands) -> None:
         "bench",
         help="time the operations against the reference",
         description="Time every implementation of an operation in one interleaved run, with the "
-        "machine's GEMM rate, extra peak memory and the error over the precision contract's budget "
+        "machine's GEMM and copy rates, extra peak memory and the error over the precision contract's budget "
         "beside each time. docs/benchmarks.md explains the columns.",
     )
     impls = sorted({name for op in OPERATIONS.values() for name in op.implementations})
@@ -43,7 +57,7 @@ def add_parser(commands) -> None:
         ("--op", OPERATIONS, "scan"),
         ("--shape", SHAPES, "qwen3-0.6b"),
         ("--dtype", DTYPES, "float32"),
-        ("--mode", MODES, "both"),
+        ("--mode", ALL_MODES, " ".join(MODES)),
     ):
         grid.add_argument(flag, **several(names, default))
     grid.add_argument("--T", dest="tokens", metavar="T", nargs="+", type=positive_int,
@@ -53,14 +67,27 @@ def add_parser(commands) -> None:
     grid.add_argument("--batch", metavar="B", type=positive_int, help="default: 1")
     grid.add_argument("--preserve-row-norm", action="store_const", const=True, help="for the scan")
     parser.add_argument(
-        "--suite", choices=(*SUITES, *bench_models.SUITES),
-        help="with targets, instead of the grid; streaming: SmolLM2, patched against unpatched",
+        "--suite", choices=(*SUITES, *MODEL_SUITES),
+        help="instead of the grid. cpu: everything at sizes for a CPU; sweep: the scan against T, C, B and "
+        "D x F (also with --device cuda); foundation, triton (a GPU): with targets; models (also with "
+        "--device cuda) and streaming: whole models, patched against plain",
+    )  # fmt: skip
+    parser.add_argument(
+        "--base", metavar="REF",
+        help="compare with another commit (its package, not its compiled extension), or with a folder "
+        "that holds a tree, side by side in two processes",
     )  # fmt: skip
     parser.add_argument("--impl", **several(impls, "all there are"))
-    parser.add_argument("--repeats", metavar="N", type=positive_int, default=5, help="rounds; default: 5")
+    parser.add_argument("--repeats", metavar="N", type=positive_int,
+                        help=f"rounds; default: what {ROUNDS_SECONDS:g} seconds hold, {MIN_ROUNDS} to "
+                        f"{MAX_ROUNDS}; {FIXED_REPEATS} of a model")  # fmt: skip
     parser.add_argument("--device", help="cpu or cuda; default: cpu, or what the suite is for")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write JSON lines")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture: time against C")
+    parser.add_argument(
+        "--compare", type=Path, nargs=2, metavar="FILE",
+        help="measure nothing: how far the ratios of two files of JSON lines are apart",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -75,28 +102,47 @@ def several(names: Iterable[str], default: str) -> dict[str, object]:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.compare:
+        return bench_compare.run(args)
     console = require("rich.console", "bench").Console(stderr=True)
     if args.plot:
         require("matplotlib", "bench")
-    suite = SUITES[args.suite]() if args.suite in SUITES else None
-    if args.suite:
-        check_suite(args, "cpu" if suite is None else suite.device)
+    suite = make_suite(args)
     args.device = args.device or "cpu"
     device = check_device(args.device)
     where = environment(device)
     if warning := busy_warning(where):
         console.print(warning, style="yellow", highlight=False)
-    if args.suite in bench_models.SUITES:
-        return bench_models.run(args, where, console)
+    if args.suite in MODEL_SUITES:
+        args.repeats = args.repeats or FIXED_REPEATS
+    if args.suite in MODEL_SUITES:
+        return MODEL_SUITES[args.suite](args, where, console)
     cases = grid(args) if suite is None else list(suite.cases)
+    if args.base:
+        return bench_base.run(args, cases, where, console)
+    impls = args.impl or (None if suite is None else suite.impls)
     results = measure_cases(
-        cases, args.impl, args.repeats, say=lambda text: console.print(text, style="dim")
+        cases, impls, args.repeats, say=lambda text: console.print(text, style="dim")
     )
     targets = [] if suite is None else [t.judge(results) for t in suite.targets]
+    where = where if suite is None else {**where, "suite": args.suite}
     report(args, results, where, targets)
     if not results.rows and not results.refused:
         raise UserError("nothing was measured: every combination was skipped, for the reasons above")
     return 1 if results.refused else 0
+
+
+def make_suite(args: argparse.Namespace) -> Suite | None:
+    """The suite of cases that was asked for, if one was; args.device becomes the one it is for."""
+    if args.suite == "sweep" and args.device in SWEEPS:
+        suite = SUITES["sweep"](args.device)
+    else:
+        suite = SUITES[args.suite]() if args.suite in SUITES else None
+    if args.suite:
+        anywhere = args.suite == bench_models_suite.SUITE
+        default = (args.device if anywhere else None) or "cpu"
+        check_suite(args, default if suite is None else suite.device)
+    return suite
 
 
 def check_device(name: str) -> torch.device:
@@ -130,8 +176,8 @@ def grid(args: argparse.Namespace) -> list[Case]:
 def check_suite(args: argparse.Namespace, device: str) -> None:
     """A suite fixes the grid and the device."""
     given = [k for k in GRID_DEFAULTS if getattr(args, k) is not None]
-    if args.suite in bench_models.SUITES:
-        given += [k for k in ("impl", "plot") if getattr(args, k) is not None]
+    if args.suite in MODEL_SUITES:
+        given += [k for k in ("impl", "plot", "base") if getattr(args, k) is not None]
     if given:
         names = ", ".join("--" + ("T" if k == "tokens" else k.replace("_", "-")) for k in given)
         raise UserError(f"--suite {args.suite} fixes the grid: it cannot be combined with {names}")

@@ -1,4 +1,13 @@
-"""What can be benchmarked: one row an operation. A new one is a row."""
+"""What can be benchmarked: one row an operation. A new one is a row.
+
+| use | rows |
+|---|---|
+| training | scan and the targets, "fwd" and "fwd+bwd" |
+| prefill | scan, "prefill": no gradients, and the state comes back |
+| decode | fast_weight_apply (T = tokens of a call) and fast_weight_update_ (one chunk) |
+| ridge | ridge_write |
+| step size | spectral_step_size and clipped_step_size |
+"""
 
 from __future__ import annotations
 
@@ -9,20 +18,38 @@ from torch import Tensor
 
 import ttt_kernels as ttt
 from ttt_kernels._config import chosen_implementation
-from ttt_kernels.cli.bench_case import DTYPES, Case, Implementation, Operands, Operation, run_once
-from ttt_kernels.ops._implementations import why_not_triton
+from ttt_kernels.cli import bench_formulas as formulas
+from ttt_kernels.cli.bench_baselines import FLOORED, implementations, why_not_named
+from ttt_kernels.cli.bench_case import DTYPES, PREFILL, Case, Implementation, Operands, Operation
+from ttt_kernels.cli.bench_formulas import CONV_TAPS
+from ttt_kernels.cli.bench_parity import reference_parity, scan_parity
 from ttt_kernels.ops.ridge import reference as ridge_reference
+from ttt_kernels.ops.scan import reference as scan_reference
 from ttt_kernels.ops.scan.heuristics import fused_super_chunk, use_plan
+from ttt_kernels.ops.step import reference as step_reference
 from ttt_kernels.ops.step_size import reference as step_size_reference
 from ttt_kernels.ops.target import reference as target_reference
-from ttt_kernels.testing import ScanInputs, check_scan, error_ratio
+from ttt_kernels.testing import ScanInputs
 from ttt_kernels.testing.contract import RoundTo
 from ttt_kernels.types import compute_dtype
 
-CONV_TAPS = 5
 GRAM_SLACK = 4.0
 
 
+def by_choice(op: Callable[..., Tensor]) -> Callable[[str], Callable[..., Tensor]]:
+    """`by_choice(op)(impl)`: an operation without an `impl` argument, run by one."""
+
+    def with_impl(impl: str) -> Callable[..., Tensor]:
+        def call(*args, **options):
+            with chosen_implementation(impl):
+                return op(*args, **options)
+
+        return call
+
+    return with_impl
+
+
+# --- scan -----------------------------------------------------------------------------------------
 def scan_with(impl: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     """y, or (y, state) where the caller asks for it with `return_state=True`."""
 
@@ -33,18 +60,9 @@ def scan_with(impl: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     return call
 
 
-def no_triton(case: Case) -> str | None:
-    """The interpreter is for tests: its times mean nothing."""
-    if case.device == "cpu":
-        return "Triton kernels need a GPU (--device cuda)"
-    return why_not_triton(torch.device(case.device), DTYPES[case.dtype])
-
-
-def no_split(case: Case) -> str | None:
-    length = fused_super_chunk(case.chunk_size, case.d, case.f)
-    if case.preserve_row_norm or length > case.chunk_size:
-        return "the split plan is for long chunks without row norms"
-    return no_triton(case)
+def released_scan(z, v, w0, *, step_size, return_state=False, **options):
+    y, state = scan_reference.scan(z, v, w0, step_size, None, None, **options)
+    return (y, state) if return_state else y
 
 
 def split_scan(*leaves, **options):
@@ -52,18 +70,11 @@ def split_scan(*leaves, **options):
         return scan_with("triton")(*leaves, **options)
 
 
-def fused(call: Callable[..., Tensor], why_not=no_triton) -> Implementation:
-    return Implementation(call, why_not=why_not)
-
-
-def by_choice(impl: str, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An operation without an `impl` argument, run by one."""
-
-    def call(*args, **options):
-        with chosen_implementation(impl):
-            return op(*args, **options)
-
-    return call
+def no_split(case: Case) -> str | None:
+    length = fused_super_chunk(case.chunk_size, case.d, case.f)
+    if case.preserve_row_norm or length > case.chunk_size:
+        return "the split plan is for long chunks without row norms"
+    return why_not_named("triton", case)
 
 
 def scan_operands(case: Case, data: ScanInputs) -> Operands:
@@ -80,34 +91,12 @@ def scan_operands(case: Case, data: ScanInputs) -> Operands:
 
 def scan_reference_memory(case: Case) -> int:
     """One weight per chunk: the writes, their running sum, the sum with w0; more for gradients."""
-    copies = (3 if case.mode == "fwd" else 5) + (2 if case.preserve_row_norm else 0)
+    copies = (5 if case.mode == "fwd+bwd" else 3) + (2 if case.preserve_row_norm else 0)
     itemsize = compute_dtype(DTYPES[case.dtype]).itemsize
     return copies * case.batch * case.chunks * case.d * case.f * itemsize
 
 
-def scan_parity(case: Case, op: Operation, impl: str) -> float:
-    """Values and gradients against the contract, block by block; see `ttt_kernels.testing`."""
-    case = case.short()
-    data = case.inputs(seed=1)
-    options = op.operands(case, data).options
-    return check_scan(op.implementations[impl].call, data, **options).worst
-
-
-def reference_parity(case: Case, op: Operation, impl: str) -> float:
-    """Values and gradients against the contract, and the reference in float64 as exact."""
-    case, mode = case.short(), op.modes[-1]
-
-    def operands() -> Operands:  # anew for every call: an operation may write its operands
-        return op.operands(case, case.inputs(seed=1))
-
-    reference = op.implementations["reference"].call
-    actual = run_once(op.implementations[impl].call, operands(), mode)
-    contract = run_once(op.contract or reference, operands(), mode)
-    exact = run_once(reference, operands().in_dtype(torch.float64), mode)
-    results = zip(actual, contract, exact, strict=True)
-    return max(error_ratio(a, c, e) for a, c, e in results) / op.slack
-
-
+# --- targets and step sizes -----------------------------------------------------------------------
 def whole_projection(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A target with one product for all tokens. The gradient of P sums over them: the reference,
     chunk by chunk, rounds that long sum less than the contract of one GEMM allows."""
@@ -140,6 +129,14 @@ def step_operands(**extra: float) -> Callable[[Case, ScanInputs], Operands]:
     return operands
 
 
+def gradient_memory(case: Case) -> int:
+    """The chunk gradient G [D, F] in the compute precision; autograd keeps every chunk's."""
+    itemsize = compute_dtype(DTYPES[case.dtype]).itemsize
+    copies = 3 * case.chunks if case.mode == "fwd+bwd" else 1
+    return copies * case.batch * case.d * case.f * itemsize
+
+
+# --- decode ---------------------------------------------------------------------------------------
 def pool(case: Case, data: ScanInputs) -> Tensor:
     """A float32 weight per row."""
     return data.w0.to(compute_dtype(data.w0.dtype)).repeat(case.batch, 1, 1)
@@ -153,13 +150,17 @@ def apply_with(impl: str) -> Callable[..., Tensor]:
     return lambda z, weight: ttt.fast_weight_apply(z, weight, impl=impl)
 
 
+def released_apply(z: Tensor, weight: Tensor) -> Tensor:
+    return step_reference.apply(z, weight, None, None)
+
+
 def rounded_apply(z: Tensor, weight: Tensor) -> Tensor:
     return (z.to(weight.dtype) @ RoundTo.apply(weight, z.dtype).mT).to(z.dtype)
 
 
 def update_operands(case: Case, data: ScanInputs) -> Operands:
     """One chunk."""
-    chunk = slice(0, min(case.chunk_size, case.tokens))
+    chunk = slice(0, formulas.written(case))
     leaves = (pool(case, data), data.z[:, chunk], data.v[:, chunk])
     return Operands(leaves, {"step_size": 0.3}, data.dy)
 
@@ -172,139 +173,118 @@ def update_with(impl: str) -> Callable[..., Tensor]:
     return call
 
 
-def written(case: Case) -> int:
-    return case.batch * min(case.chunk_size, case.tokens)
+def released_update(weight: Tensor, z: Tensor, v: Tensor, *, step_size: float) -> Tensor:
+    step_reference.update_(weight, z, v, step_size, None)
+    return weight
 
 
+# --- closed-form write ----------------------------------------------------------------------------
 def ridge_operands(case: Case, data: ScanInputs) -> Operands:
     return Operands((data.z, data.x, data.w0, data.proj), {}, data.dy)
 
 
-def ridge_released(z: Tensor, x: Tensor, w0: Tensor, proj: Tensor) -> Tensor:
+def released_ridge(z: Tensor, x: Tensor, w0: Tensor, proj: Tensor) -> Tensor:
     return torch.stack(
         [ridge_reference.ridge_write(a, b, w0, proj)[1] for a, b in zip(z, x, strict=True)]
     )
 
 
-def ridge_flops(case: Case) -> tuple[int, int]:
-    """Of what is computed here, with half a Gram matrix and D right-hand sides."""
-    pairs, d, f = case.tokens - 1, case.d, case.f
-    n = min(pairs, f)
-    common = 2 * pairs * d * (d + 2 * f)
-    return case.batch * (common + n * pairs * f + n**3 // 3 + 2 * n * n * d), 0
+def ridge_delta(*leaves: Tensor) -> Tensor:
+    return ttt.ridge_write(*leaves).delta
 
 
-def per_token(forward: int, backward: int, case: Case) -> tuple[int, int]:
-    tokens = case.batch * case.tokens
-    return forward * tokens, backward * tokens
-
-
-def gram_flops(case: Case) -> tuple[int, int]:
-    forward = 2 * case.chunk_size * (case.d + case.f)
-    return per_token(forward, 3 * forward, case)
-
-
-def gram_gemms(case: Case) -> tuple[tuple[int, int, int], ...]:
-    c = case.chunk_size
-    return (c, case.f, c), (c, case.d, c)
-
-
-def projection_gemms(case: Case) -> tuple[tuple[int, int, int], ...]:
-    return ((case.batch * case.tokens, case.d, case.d),)
-
-
-def gradient_memory(case: Case) -> int:
-    """The chunk gradient G [D, F] in the compute precision; autograd keeps every chunk's."""
-    itemsize = compute_dtype(DTYPES[case.dtype]).itemsize
-    copies = 1 if case.mode == "fwd" else 3 * case.chunks
-    return copies * case.batch * case.d * case.f * itemsize
-
-
-def implementations(reference: Callable[..., Tensor], op: Callable[..., Tensor], memory=None) -> dict:
-    """Of an operation whose implementation is chosen by name."""
-    of_reference = Implementation(reference, memory) if memory else Implementation(reference)
-    eager, triton = (Implementation(by_choice("eager", op)), fused(by_choice("triton", op)))
-    return {"reference": of_reference, "eager": eager, "triton": triton}
+def ridge_gemms(case: Case) -> formulas.Products:
+    return (case.tokens, case.f, case.d), (case.d, case.tokens, case.f)
 
 
 OPERATIONS: dict[str, Operation] = {
     "scan": Operation(
         operands=scan_operands,
         implementations={
-            "reference": Implementation(scan_with("reference"), scan_reference_memory),
-            "eager": Implementation(scan_with("eager")),
-            "triton": fused(scan_with("triton")),
-            "triton-split": fused(split_scan, no_split),
+            **implementations(released_scan, scan_with, scan_reference_memory),
+            "triton-split": Implementation(split_scan, why_not=no_split),
+            **FLOORED,
         },
-        flops=lambda c: per_token(4 * c.d * c.f, 10 * c.d * c.f, c),
-        gemms=lambda c: ((c.tokens, c.f, c.d), (c.d, min(c.chunk_size, c.tokens), c.f)),
+        flops=formulas.scan_flops,
+        traffic=formulas.scan_bytes,
+        gemms=formulas.scan_gemms,
         parity=scan_parity,
         row_norm=True,
+        modes=("fwd", PREFILL, "fwd+bwd"),
     ),
     "fast_weight_apply": Operation(
         operands=apply_operands,
-        implementations=implementations(apply_with("reference"), apply_with("auto")),
-        flops=lambda c: per_token(2 * c.d * c.f, 4 * c.d * c.f, c),
-        traffic=lambda c: c.batch * c.weight_bytes,
-        gemms=lambda c: ((c.tokens, c.f, c.d),),
+        implementations={**implementations(released_apply, apply_with), **FLOORED},
+        flops=formulas.apply_flops,
+        traffic=formulas.apply_bytes,
+        gemms=formulas.plain_gemms,
         contract=rounded_apply,
         parity=reference_parity,
+        bound="copy",
+        use="decode",
     ),
     "fast_weight_update_": Operation(
         operands=update_operands,
-        implementations=implementations(update_with("reference"), update_with("auto")),
-        flops=lambda c: (2 * c.d * c.f * written(c), 0),
-        traffic=lambda c: 2 * c.batch * c.weight_bytes,
-        gemms=lambda c: ((c.d, min(c.chunk_size, c.tokens), c.f),),
+        implementations=implementations(released_update, update_with),
+        flops=formulas.update_flops,
+        traffic=formulas.update_bytes,
+        gemms=formulas.update_gemms,
         modes=("fwd",),
         parity=reference_parity,
+        bound="copy",
+        use="decode",
     ),
     "ridge_write": Operation(
         operands=ridge_operands,
-        implementations={
-            "reference": Implementation(ridge_released),
-            "eager": Implementation(lambda *leaves: ttt.ridge_write(*leaves).delta),
-        },
-        flops=ridge_flops,
-        gemms=lambda c: ((c.tokens, c.f, c.d), (c.d, c.tokens, c.f)),
+        implementations=implementations(released_ridge, lambda impl: ridge_delta, kernels=("eager",)),
+        flops=formulas.ridge_flops,
+        traffic=formulas.ridge_bytes,
+        gemms=ridge_gemms,
         slack=GRAM_SLACK,
         modes=("fwd",),
         parity=reference_parity,
+        use="ridge",
     ),
     "next_token_target": Operation(
         operands=next_token_operands,
-        implementations=implementations(target_reference.next_token_target, ttt.next_token_target),
-        flops=lambda c: per_token(2 * c.d**2, 4 * c.d**2, c),
-        gemms=projection_gemms,
+        implementations=implementations(target_reference.next_token_target, by_choice(ttt.next_token_target)),
+        flops=formulas.next_token_flops,
+        traffic=formulas.next_token_bytes,
+        gemms=formulas.projection_gemms,
         contract=whole_projection(target_reference.next_token_target),
         parity=reference_parity,
     ),
     "conv_target": Operation(
         operands=conv_operands,
-        implementations=implementations(target_reference.conv_target, ttt.conv_target),
-        flops=lambda c: per_token(
-            2 * c.d**2 + 2 * CONV_TAPS * c.d, 4 * c.d**2 + 4 * CONV_TAPS * c.d, c
-        ),
-        gemms=projection_gemms,
+        implementations=implementations(target_reference.conv_target, by_choice(ttt.conv_target)),
+        flops=formulas.conv_flops,
+        traffic=formulas.conv_bytes,
+        gemms=formulas.projection_gemms,
         contract=whole_projection(target_reference.conv_target),
         parity=reference_parity,
     ),
     "spectral_step_size": Operation(
         operands=step_operands(),
         implementations=implementations(
-            step_size_reference.spectral, ttt.spectral_step_size, gradient_memory
+            step_size_reference.spectral, by_choice(ttt.spectral_step_size), gradient_memory
         ),
-        flops=gram_flops,
-        gemms=gram_gemms,
+        flops=formulas.gram_flops,
+        traffic=formulas.gram_bytes,
+        gemms=formulas.gram_gemms,
         slack=GRAM_SLACK,
         parity=reference_parity,
+        use="step size",
     ),
     "clipped_step_size": Operation(
         operands=step_operands(max_norm=1.0),
-        implementations=implementations(step_size_reference.clipped, ttt.clipped_step_size, gradient_memory),
-        flops=gram_flops,
-        gemms=gram_gemms,
+        implementations=implementations(
+            step_size_reference.clipped, by_choice(ttt.clipped_step_size), gradient_memory
+        ),
+        flops=formulas.gram_flops,
+        traffic=formulas.gram_bytes,
+        gemms=formulas.gram_gemms,
         slack=GRAM_SLACK,
         parity=reference_parity,
+        use="step size",
     ),
 }

@@ -7,17 +7,15 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from ttt_kernels.cli import report_pictures
 from ttt_kernels.cli.bench import Results, Row
 from ttt_kernels.cli.bench_case import Case
 from ttt_kernels.cli.errors import require
 from ttt_kernels.cli.measure import machine
+from ttt_kernels.cli.report_records import Entry
 from ttt_kernels.cli.tables import new_table
 
 EXTRA = "bench"
-COLOURS = {
-    "reference": "#8c8c8c", "eager": "#1f77b4", "triton": "#2ca02c", "triton-split": "#98df8a",
-    "cuda": "#d62728",
-}  # fmt: skip
 
 
 def print_results(results: Results, environment: dict, targets: list[dict]) -> None:
@@ -58,7 +56,7 @@ def heading(rows: list[Row]) -> str:
 
 
 def results_table(rows: list[Row]):
-    bound = "GEMM" if all(row.copy_share is None for row in rows) else "copy"
+    bound = "copy" if any(row.bound == "copy" for row in rows) else "GEMM"
     names = (
         "C", "mode", "impl", "ms", "p20-p80", "GFLOP/s", bound, "faster", "MiB", "weights", "error",
     )  # fmt: skip
@@ -75,7 +73,7 @@ def results_table(rows: list[Row]):
 def cells(row: Row, rows: list[Row]) -> list[str]:
     case = row.case
     return [
-        str(case.chunk_size), case.mode, row.impl, number(row.milliseconds),
+        str(case.chunk_size), case.mode, row.impl.removeprefix("released-"), number(row.milliseconds),
         f"{number(row.milliseconds_p20)}-{number(row.milliseconds_p80)}", f"{row.gflops:.0f}",
         ceiling_share(row, rows), speed_up(row, rows), f"{row.extra_bytes / 2**20:.0f}",
         f"{row.extra_weights:.1f}", f"{row.error_ratio:.2f}",
@@ -84,7 +82,7 @@ def cells(row: Row, rows: list[Row]) -> list[str]:
 
 def ceiling_share(row: Row, rows: list[Row]) -> str:
     """Of the GEMM rate; of the copy rate where moving bytes is what bounds the operation."""
-    if all(other.copy_share is None for other in rows):
+    if all(other.bound == "gemm" for other in rows):
         return f"{row.gemm_share:.0%}"
     return "-" if row.copy_share is None else f"{row.copy_share:.0%}"
 
@@ -125,60 +123,8 @@ def write_json_lines(path: Path, results: Results, environment: dict, targets: l
 
 def plot(path: Path, results: Results, environment: dict) -> None:
     """Time against chunk size, one panel per problem and mode, with the time a GEMM would take."""
-    matplotlib = require("matplotlib", EXTRA)
-    matplotlib.use("Agg")
-    pyplot = require("matplotlib.pyplot", EXTRA)
-    panels: dict[Case, list[Row]] = {}
+    panels: dict[Case, list[Entry]] = {}
     for row in results.rows:
-        panels.setdefault(replace(row.case, chunk_size=1), []).append(row)
-    columns = min(len(panels), 2)
-    lines = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(
-        lines, columns, figsize=(5.6 * columns, 4.2 * lines), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for axis, rows in zip(axes.flat, panels.values(), strict=False):
-        draw_panel(axis, rows)
-    figure.suptitle(machine(environment), fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def draw_panel(axis, rows: list[Row]) -> None:
-    case = rows[0].case
-    for impl in dict.fromkeys(r.impl for r in rows):
-        line = sorted((r for r in rows if r.impl == impl), key=lambda r: r.case.chunk_size)
-        spread = [
-            [r.milliseconds - r.milliseconds_p20 for r in line],
-            [r.milliseconds_p80 - r.milliseconds for r in line],
-        ]
-        axis.errorbar(
-            [r.case.chunk_size for r in line], [r.milliseconds for r in line], spread,
-            marker="o", capsize=3, label=impl, color=COLOURS.get(impl),
-        )  # fmt: skip
-    floor = sorted({(r.case.chunk_size, r.milliseconds * r.gemm_share) for r in rows})
-    axis.plot(*zip(*floor, strict=True), "k--", linewidth=1, label="same FLOPs at the GEMM rate")
-    chunks = sorted({r.case.chunk_size for r in rows})
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(chunks, [str(c) for c in chunks])
-    log_time_axis(axis, [r.milliseconds for r in rows])
-    axis.set_xlabel("chunk size C (tokens)")
-    axis.set_ylabel("time per call (ms), median, p20 - p80")
-    axis.set_title(
-        f"{case.op} {case.mode}, {case.shape}\n"
-        f"D {case.d}, F {case.f}, T {case.tokens}, {case.dtype}",
-        fontsize=10,
-    )
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
-
-
-def log_time_axis(axis, milliseconds: list[float]) -> None:
-    """Ticks at 1, 2 and 5 in plain numbers, over a range wide enough to hold some of them."""
-    axis.set_yscale("log")
-    axis.set_ylim(min(milliseconds) / 2, max(milliseconds) * 2)
-    axis.yaxis.set_minor_locator(require("matplotlib.ticker", EXTRA).LogLocator(subs=(2, 5)))
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
+        panels.setdefault(replace(row.case, chunk_size=1), []).append(Entry(row.as_record(), environment))
+    picture = replace(report_pictures.TIME, title="Time against the chunk size")
+    report_pictures.draw(path, picture, list(panels.values()))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ttt_kernels.cli.bench import Results
-from ttt_kernels.cli.bench_case import MODES, SHAPES, Case
+from ttt_kernels.cli.bench_baselines import COMPILED, PLAIN, REFERENCE
+from ttt_kernels.cli.bench_case import MODES, PREFILL, SHAPES, Case
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Suite:
+    """`impls`: those of the suite; None = all that can run."""
+
     cases: tuple[Case, ...]
-    targets: tuple[Target, ...]
+    targets: tuple[Target, ...] = ()
     device: str = "cpu"
+    impls: tuple[str, ...] | None = None
 
 
 def ratio(above: tuple[str, str, int], below: tuple[str, str, int], **case: object) -> Callable:
@@ -142,4 +146,93 @@ def triton() -> Suite:
     return Suite((*scans, *decode), tuple(targets), "cuda")
 
 
-SUITES: dict[str, Callable[[], Suite]] = {"foundation": foundation, "triton": triton}
+@dataclass(frozen=True)
+class Sweep:
+    """How the cost of the scan grows: from `base`, one thing at a time. Rows of an axis are those that
+    differ from `base` in it alone."""
+
+    base: Case
+    tokens: tuple[int, ...]
+    chunk_sizes: tuple[int, ...]
+    batches: tuple[int, ...]
+    shapes: dict[str, tuple[int, int]]  # (D, F)
+
+    def axes(self) -> dict[str, tuple[Case, ...]]:
+        """By axis: "T", "C", "B" and "D x F", in order, forward."""
+        return {
+            "T": tuple(replace(self.base, tokens=t) for t in self.tokens),
+            "C": tuple(replace(self.base, chunk_size=c) for c in self.chunk_sizes),
+            "B": tuple(replace(self.base, batch=b) for b in self.batches),
+            "D x F": tuple(replace(self.base, shape=n, d=d, f=f) for n, (d, f) in self.shapes.items()),
+        }
+
+    def cases(self) -> tuple[Case, ...]:
+        """Those of all axes, in all modes that train."""
+        forward = dict.fromkeys(case for axis in self.axes().values() for case in axis)
+        return tuple(replace(case, mode=mode) for case in forward for mode in MODES)
+
+
+def by_size(*sizes: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    return {f"{d}x{f}": (d, f) for d, f in sizes}
+
+
+SWEEPS = {
+    "cpu": Sweep(
+        Case("scan", "512x1536", 512, 1536, tokens=2048, chunk_size=256),
+        tokens=(512, 1024, 2048, 4096),
+        chunk_sizes=(32, 64, 128, 256, 512, 1024, 2048),
+        batches=(1, 2, 4),
+        shapes=by_size((256, 768), (512, 1536), (768, 2304), (1024, 3072)),
+    ),
+    "cuda": Sweep(
+        Case("scan", "qwen3-4b", *SHAPES["qwen3-4b"], tokens=32768, chunk_size=1024, dtype="bfloat16",
+             device="cuda"),
+        tokens=(4096, 8192, 16384, 32768, 65536),
+        chunk_sizes=(64, 128, 256, 512, 1024, 2048, 4096),
+        batches=(1, 2, 4),
+        shapes={name: SHAPES[name] for name in ("qwen3-0.6b", "qwen3-4b", "llama-3.1-8b")},
+    ),
+}  # fmt: skip
+
+
+def sweep(device: str = "cpu") -> Suite:
+    """Time and memory of the scan against T, C, B and D x F. On a GPU the released formula is not compiled,
+    which would take longer than everything else."""
+    kernels = (COMPILED,) if device == "cpu" else ("triton", "cuda")
+    return Suite(SWEEPS[device].cases(), device=device, impls=(REFERENCE, *kernels, "eager", PLAIN))
+
+
+def cpu() -> Suite:
+    """Everything that a CPU measures within minutes: every operation at the Qwen3-0.6B shape, then the
+    sweeps of the scan."""
+    shape = "qwen3-0.6b"
+
+    def case(op: str, tokens: int, chunk_size: int, **more: object) -> Case:
+        return Case(op, shape, *SHAPES[shape], tokens=tokens, chunk_size=chunk_size, **more)
+
+    scans = [case("scan", 2048, c, mode=mode) for c in (64, 256, 1024) for mode in MODES]
+    prefill = case("scan", 2048, 256, mode=PREFILL)
+    others = [
+        case(*row, mode=mode, **more)
+        for mode in MODES
+        for *row, more in (
+            ("scan", 2048, 256, {"dtype": "bfloat16"}),
+            ("scan", 2048, 256, {"preserve_row_norm": True}),
+            ("next_token_target", 2048, 256, {}),
+            ("conv_target", 2048, 256, {}),
+            ("spectral_step_size", 1024, 256, {}),
+            ("clipped_step_size", 1024, 256, {}),
+        )
+    ]
+    decode = [
+        case(*row, batch=batch)
+        for row in (("fast_weight_apply", 1, 1), ("fast_weight_update_", 256, 256))
+        for batch in (1, 8)
+    ]
+    ridge = [case("ridge_write", t, t) for t in (1024, 4096)]  # fewer pairs than F, and more
+    return Suite((*scans, prefill, *others, *decode, *ridge, *SWEEPS["cpu"].cases()))
+
+
+SUITES: dict[str, Callable[..., Suite]] = {
+    "cpu": cpu, "sweep": sweep, "foundation": foundation, "triton": triton,
+}  # fmt: skip

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ttt_kernels.cli.bench_report import COLOURS
 from ttt_kernels.cli.demo_report import DemoResult
 from ttt_kernels.cli.errors import require
 from ttt_kernels.cli.measure import machine
+from ttt_kernels.cli.report_pictures import COLOURS
 
 EXTRA = "demo"
 OFF, ON = "#8c8c8c", "#d95f02"

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+from ttt_kernels.cli.documents import fill, markdown_head, markdown_row, marked
 from ttt_kernels.cli.errors import UserError
 from ttt_kernels.cli.tables import new_table
 from ttt_kernels.testing.kernel_report import KernelReport
@@ -216,24 +217,14 @@ def markdown(compiled: Sequence[Compiled]) -> str:
     return "\n".join(lines)
 
 
-def markdown_row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def markdown_head(columns: Sequence[str]) -> list[str]:
-    return [markdown_row(columns), "|" + "---|" * len(columns)]
-
-
 def check_markers(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"--markdown must name an existing document, got {path}")
-    text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise UserError(f"--markdown: {path} must hold the lines {BEGIN} and {END}, in this order, once")
+    marked(path.read_text(encoding="utf-8"), BEGIN, END, f"--markdown: {path}")
 
 
 def write_markdown(path: Path, compiled: Sequence[Compiled]) -> None:
     """Replace what is between the markers."""
     text = path.read_text(encoding="utf-8")
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    path.write_text(f"{before}{BEGIN}\n{markdown(compiled)}\n{after}", encoding="utf-8")
+    new = fill(text, BEGIN, END, f"--markdown: {path}", markdown(compiled))
+    path.write_text(new, encoding="utf-8")

@@ -8,7 +8,15 @@ import sys
 from collections.abc import Sequence
 
 from ttt_kernels import __version__
-from ttt_kernels.cli import bench_command, demo_command, generate_command, info, kernels_command
+from ttt_kernels.cli import (
+    bench_command,
+    demo_command,
+    generate_command,
+    info,
+    kernels_command,
+    report_command,
+    verify_command,
+)
 from ttt_kernels.cli.errors import UserError
 
 BAD_USAGE = 2
@@ -20,7 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (info, demo_command, generate_command, bench_command, kernels_command):
+    for command in (
+        info, demo_command, generate_command, bench_command, report_command, kernels_command, verify_command,
+    ):  # fmt: skip
         command.add_parser(commands)
     return parser
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+MIN_ROUNDS, MAX_ROUNDS = 7, 101  # where the caller does not say how many
+ROUNDS_SECONDS = 4.0  # more than the fewest rounds as long as they take no longer than this
+CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")  # where Linux describes them
+UNKNOWN_CACHE = 1 << 26
 BUSY = 0.7  # processes that wanted a core during the last minute, before this one started
 
 
@@ -34,22 +40,48 @@ class Timing:
         high = min(low + 1, len(ordered) - 1)
         return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
 
+    def ratio_to(self, other: Timing) -> float:
+        """Median of the ratios of each round: noise that lasts a round hits both of its sides."""
+        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+
 
 def time_interleaved(
     calls: Mapping[object, Callable[[], object]],
-    repeats: int,
+    repeats: int | None,
     device: torch.device,
     tick: Callable[[], None] = lambda: None,
+    *,
+    shuffle: random.Random | None = None,
+    sparse: Collection[object] = (),
 ) -> dict[object, Timing]:
-    """Every call once per round, round after round (A B C A B C ...), so that a machine that slows
-    down slows all of them. What a call returns is freed after its clock has stopped."""
+    """Every call once per round, round after round, so that a machine that slows down slows all of them.
+
+    What a call returns is freed after its clock has stopped. `repeats`: rounds; None = as many as fit into
+    some seconds. `shuffle`: a new order in every round (else A B C A B C ...), so that none always
+    follows the same other. `sparse`: names that need fewer rounds, the first four and every eighth.
+    """
     timings = {name: Timing() for name in calls}
     timed = gpu_timer(device) if device.type == "cuda" else cpu_timed
-    for _ in range(repeats):
-        for name, call in calls.items():
-            timings[name].seconds.append(timed(call))
+    for n in rounds(repeats):
+        names = [name for name in calls if name not in sparse or n < 4 or n % 8 == 0]
+        if shuffle is not None:
+            shuffle.shuffle(names)
+        for name in names:
+            timings[name].seconds.append(timed(calls[name]))
             tick()
     return timings
+
+
+def rounds(repeats: int | None) -> Iterator[int]:
+    """0, 1, ... `repeats` - 1; with None until the time is used up."""
+    if repeats is not None:
+        yield from range(repeats)
+        return
+    start = time.perf_counter()
+    for n in range(MAX_ROUNDS):
+        if n >= MIN_ROUNDS and time.perf_counter() - start > ROUNDS_SECONDS:
+            return
+        yield n
 
 
 def cpu_timed(call: Callable[[], object]) -> float:
@@ -63,8 +95,7 @@ def cpu_timed(call: Callable[[], object]) -> float:
 def gpu_timer(device: torch.device) -> Callable[[Callable[[], object]], float]:
     """Seconds between two events around a call, with a cold L2 cache: a buffer twice its size is
     overwritten before, which also gives the host time to queue the call's launches."""
-    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 1 << 26)
-    cold = torch.empty(2 * cache, dtype=torch.int8, device=device)
+    cold = torch.empty(2 * cache_bytes(device), dtype=torch.int8, device=device)
 
     def timed(call: Callable[[], object]) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -78,6 +109,18 @@ def gpu_timer(device: torch.device) -> Callable[[Callable[[], object]], float]:
         return start.elapsed_time(stop) / 1e3
 
     return timed
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The largest cache between the cores and the memory, as the machine reports it."""
+    if device.type == "cuda":
+        return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", UNKNOWN_CACHE)
+    units = {"K": 1 << 10, "M": 1 << 20}
+    try:
+        found = [path.read_text().strip() for path in CPU_CACHES.glob("index*/size")]
+    except OSError:
+        found = []
+    return max((int(size[:-1]) * units[size[-1]] for size in found), default=UNKNOWN_CACHE)
 
 
 def synchronize(device: torch.device) -> None:
@@ -150,7 +193,9 @@ def environment(device: torch.device) -> dict[str, object]:
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "cache_bytes": cache_bytes(device),
         "load_before": os.getloadavg()[0],
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

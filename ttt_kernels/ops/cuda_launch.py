@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -19,20 +18,29 @@ from ttt_kernels import _extension
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTH = 8  # features come in pieces of 16 bytes
 SM80, SM90 = 80, 90
-_PATH: ContextVar[int | None] = ContextVar("ttt_kernels_cuda_path", default=None)
+HOPPER_IMAGE = "sm_90a"  # where a device loads it, the kernels made for it run there
+# Public op -> the binding that says whether it was compiled.
+OPS = {
+    "fast_weight_scan": "scan_forward",
+    "fast_weight_apply": "step_apply",
+    "fast_weight_update_": "step_update",
+    "spectral_step_size": "step_size",
+    "clipped_step_size": "step_size",
+}
+_asked: dict[str, int | None] = {"path": None}
 
 
 @contextmanager
 def use_path(path: int) -> Iterator[None]:
-    """Make the scan take the kernels of Ampere (80) or Hopper (90) in this context: for benchmarks, and for
-    tests of both where one device runs both."""
+    """Make the scan take the kernels of Ampere (80) or Hopper (90) in this process for a while: for benchmarks,
+    and for tests of both where one device runs both. No context variable: backwards run in autograd's threads."""
     if path not in (SM80, SM90):
         raise ValueError(f"path must be {SM80} or {SM90}, got {path!r}")
-    token = _PATH.set(path)
+    before, _asked["path"] = _asked["path"], path
     try:
         yield
     finally:
-        _PATH.reset(token)
+        _asked["path"] = before
 
 
 @cache
@@ -66,13 +74,28 @@ def _index(device: torch.device) -> int:
 
 def kernel_path(device: torch.device) -> int:
     """The kernels that run there: those of Hopper where the device loads the image made for it."""
-    asked = _PATH.get()
+    asked = _asked["path"]
     if _extension.load().emulated:
         return asked or SM80
-    hopper = _device(_index(device))["image"] == "sm_90a"
+    hopper = _device(_index(device))["image"] == HOPPER_IMAGE
     if asked == SM90 and not hopper:
-        raise NotImplementedError("path 90 needs a GPU that runs the image sm_90a; ttt.info() names them")
+        raise NotImplementedError(
+            f"path {SM90} needs a GPU that runs the image {HOPPER_IMAGE}; ttt.info() names them"
+        )
     return asked or (SM90 if hopper else SM80)
+
+
+def compiled_ops() -> list[str]:
+    """The public ops that the extension, which must be there, holds."""
+    module = _extension.load()
+    return [op for op, binding in OPS.items() if hasattr(module, binding)]
+
+
+def describe_kernels(image: str) -> str:
+    """Which kernels `impl="cuda"` runs on a device that loads this image."""
+    if image == HOPPER_IMAGE:
+        return "the scan with its sm_90a kernels (TMA, wgmma), the rest with those of sm_80"
+    return "the kernels of sm_80 (cp.async, mma.sync)"
 
 
 def place(operand: Tensor) -> dict:

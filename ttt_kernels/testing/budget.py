@@ -106,6 +106,7 @@ def check_scan(
     chunk_size: int,
     step_size: float | Tensor = 1.0,
     preserve_row_norm: bool = False,
+    yardstick: tuple[Results, Results] | None = None,
 ) -> BudgetReport:
     """Error of a scan and of its gradients over the budget.
 
@@ -113,6 +114,8 @@ def check_scan(
         scan: called as `scan(z, v, w0, chunk_size=, step_size=, preserve_row_norm=,
             return_state=True)`, like `fast_weight_scan`; returns (y, state), differentiable.
         inputs: from `make_inputs`; their dtype sets the contract.
+        yardstick: `contract_scan` and `exact_scan` of the same inputs and options, where several scans
+            are held against it.
     """
     options = {"chunk_size": chunk_size, "preserve_row_norm": preserve_row_norm}
 
@@ -120,8 +123,9 @@ def check_scan(
         return scan(z, v, w0, step_size=step, return_state=True, **options)
 
     actual: Results = results(call, inputs, step_size, inputs.z.dtype)
-    contract = contract_scan(inputs, step_size=step_size, **options)
-    exact = exact_scan(inputs, step_size=step_size, **options)
+    if yardstick is None:
+        yardstick = tuple(f(inputs, step_size=step_size, **options) for f in (contract_scan, exact_scan))
+    contract, exact = yardstick
     ratios = {}
     for name in exact:
         got = actual[name].to(compute_dtype(inputs.z.dtype)) if name == "state" else actual[name]

@@ -29,6 +29,7 @@ class Case:
         dtype: "bfloat16", "float16" or "float32".
         preserve_row_norm: of the scan, or a row scale in decode.
         carried: a state comes in and goes out.
+        slots: in decode, rows name their weight in a larger pool; else row b has weight b.
     """
 
     operation: str
@@ -42,6 +43,7 @@ class Case:
     dtype: str = "bfloat16"
     preserve_row_norm: bool = False
     carried: bool = False
+    slots: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,14 @@ class Compiled:
         """Each once, in the order of first use."""
         return tuple(dict.fromkeys(report for report, _ in self.launches))
 
+    @property
+    def steps(self) -> list[Step | LibraryCall]:
+        """What a machine's time is predicted from; who compiled a kernel does not matter here."""
+        launches = [Step(report.kernel, work, report.resident_blocks) for report, work in self.launches]
+        return [*launches, *self.library]
+
     def predict(self, machine: Machine) -> Prediction:
-        steps = [Step(report.kernel, work, report.resident_blocks) for report, work in self.launches]
-        return predict(machine, [*steps, *self.library])
+        return predict(machine, self.steps)
 
 
 def survey(cases: Iterable[Case], architectures: Sequence[int], processes: int = 2) -> list[Compiled]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
 
@@ -37,50 +37,93 @@ class Machine:
 
     Args:
         name: of the GPU.
+        device: what the driver calls it, so that measurements find their predictions.
         architecture: 10 * major + minor.
         processors: multiprocessors.
         peak_flops, peak_bandwidth: bf16 dense FLOP/s and bytes/s, datasheet.
+        memory_bytes: its memory, datasheet.
         flops, bandwidth: bf16 GEMM and copy (bytes read + written), measured or assumed.
+        float32_flops: IEEE float32 GEMM, which has no tensor cores; assumed.
         l2_bandwidth: bytes/s from L2 to all multiprocessors, assumed.
         l2_bytes: its size.
-        source: where flops and bandwidth come from.
+        sources: where each number comes from, by the name of its field.
     """
 
     name: str
+    device: str
     architecture: int
     processors: int
     peak_flops: float
     peak_bandwidth: float
+    memory_bytes: int
     flops: float
     bandwidth: float
+    float32_flops: float
     l2_bandwidth: float
     l2_bytes: int
-    source: str
+    sources: Mapping[str, str] = field(compare=False)
 
 
-def _assumed(name, architecture, processors, peak_flops, peak_bandwidth, l2_bandwidth, l2_bytes) -> Machine:
-    """The same fractions of the datasheet as were measured on an H200."""
-    flops, bandwidth = peak_flops * 788 / 989, peak_bandwidth * 4.0 / 4.8
-    return Machine(
-        name, architecture, processors, peak_flops, peak_bandwidth, flops, bandwidth, l2_bandwidth, l2_bytes,
-        "assumed: the fractions of the datasheet that an H200 reaches",
-    )  # fmt: skip
-
-
+# What an H200 was seen to reach, over its datasheet: other machines are assumed to reach the same.
+_FLOPS, _BANDWIDTH = 788e12, 4.0e12
+_REACHED, _COPIED = _FLOPS / 989e12, _BANDWIDTH / 4.8e12
+_SHARE = "assumed: the share of the data sheet that an H200 reaches"
+_ASSUMED = {
+    "flops": _SHARE,
+    "bandwidth": _SHARE,
+    "float32_flops": "assumed: the share of the data sheet (float32) that bf16 reaches on an H200",
+}
+_MEASURED = {
+    **_ASSUMED,
+    "flops": "measured once: large bf16 GEMM on random data",
+    "bandwidth": "measured once: device-to-device copy",
+}
 _MB = 1_000_000
-# L2: 5120 bytes a clock (A100 whitepaper) at 1.41 GHz; the same a clock assumed for Hopper at 1.755 GHz,
-# twice that for the two dies of a B200 at 1.85 GHz.
+
+
+def _sources(sheet: str, l2_bandwidth: str, l2_bytes: str, reached: Mapping[str, str]) -> dict[str, str]:
+    of_sheet = dict.fromkeys(("processors", "peak_flops", "peak_bandwidth", "memory_bytes"), sheet)
+    return {**of_sheet, **reached, "l2_bandwidth": l2_bandwidth, "l2_bytes": l2_bytes}
+
+
+_HOPPER_L2 = "assumed: the bytes a clock of the A100, at 1.755 GHz", "NVIDIA H100 whitepaper"
 MACHINES: Mapping[str, Machine] = MappingProxyType(
     {
-        "A100": _assumed("A100 SXM 80 GB", 80, 108, 312e12, 2.04e12, 7.2e12, 40 * _MB),
-        "H100": _assumed("H100 SXM", 90, 132, 989e12, 3.35e12, 9.0e12, 50 * _MB),
-        "H200": Machine(
-            "H200 SXM", 90, 132, 989e12, 4.8e12, 788e12, 4.0e12, 9.0e12, 50 * _MB,
-            "measured once: bf16 GEMM on random data, device-to-device copy",
+        "A100": Machine(
+            "A100 SXM 80 GB", "NVIDIA A100-SXM4-80GB", 80, 108, 312e12, 2.04e12, 80_000 * _MB,
+            312e12 * _REACHED, 2.04e12 * _COPIED, 19.5e12 * _REACHED, 7.2e12, 40 * _MB,
+            _sources(
+                "NVIDIA A100 80 GB data sheet (SXM)",
+                "assumed: the whitepaper's 5120 bytes a clock, all of them reached, at 1.41 GHz",
+                "NVIDIA A100 whitepaper", _ASSUMED,
+            ),
         ),
-        "B200": _assumed("B200 HGX", 100, 148, 2250e12, 8.0e12, 18.9e12, 126 * _MB),
+        "H100": Machine(
+            "H100 SXM", "NVIDIA H100 80GB HBM3", 90, 132, 989e12, 3.35e12, 80_000 * _MB,
+            989e12 * _REACHED, 3.35e12 * _COPIED, 67e12 * _REACHED, 9.0e12, 50 * _MB,
+            _sources("NVIDIA H100 data sheet (SXM)", *_HOPPER_L2, _ASSUMED),
+        ),
+        "H200": Machine(
+            "H200 SXM", "NVIDIA H200", 90, 132, 989e12, 4.8e12, 141_000 * _MB,
+            _FLOPS, _BANDWIDTH, 67e12 * _REACHED, 9.0e12, 50 * _MB,
+            _sources("NVIDIA H200 data sheet (SXM)", *_HOPPER_L2, _MEASURED),
+        ),
+        "B200": Machine(
+            "B200 HGX", "NVIDIA B200", 100, 148, 2250e12, 8.0e12, 180_000 * _MB,
+            2250e12 * _REACHED, 8.0e12 * _COPIED, 75e12 * _REACHED, 18.9e12, 126 * _MB,
+            _sources(
+                "NVIDIA HGX B200 data sheet, an eighth of it",
+                "assumed: twice the bytes a clock of the A100 (two dies), at 1.85 GHz",
+                "assumed: in no data sheet; as reported by its users", _ASSUMED,
+            ),
+        ),
     }
 )  # fmt: skip
+
+
+def machine_called(device: str) -> Machine | None:
+    """The machine whose driver calls it that; None for others, slices (MIG) and variants among them."""
+    return next((machine for machine in MACHINES.values() if machine.device == device), None)
 
 
 @dataclass(frozen=True)
@@ -119,11 +162,17 @@ class Step:
 
 @dataclass(frozen=True)
 class LibraryCall:
-    """A call of torch between the launches: a GEMM, a reduction, a copy."""
+    """A call of torch between the launches: a GEMM, a reduction, a copy. `float32`: of such operands."""
 
     name: str
     flops: float
     traffic: float
+    float32: bool = False
+
+    def bound(self, machine: Machine) -> float:
+        """Seconds that its products or its bytes take, whichever is more."""
+        rate = machine.float32_flops if self.float32 else machine.flops
+        return max(self.flops / rate, self.traffic / machine.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -162,6 +211,8 @@ def predict(machine: Machine, steps: Iterable[Step | LibraryCall]) -> Prediction
     for step in steps:
         by_name[step.name] = by_name.get(step.name, 0.0) + step_seconds(machine, step)
     flops = sum(s.flops if isinstance(s, LibraryCall) else s.work.flops for s in steps)
+    slow = sum(s.flops for s in steps if isinstance(s, LibraryCall) and s.float32)
+    products = (flops - slow) / machine.flops + slow / machine.float32_flops
     traffic = sum(s.traffic if isinstance(s, LibraryCall) else s.work.traffic for s in steps)
     device = sum(by_name.values())
     host = sum(HOST_CALL if isinstance(s, LibraryCall) else HOST_LAUNCH for s in steps)
@@ -174,14 +225,14 @@ def predict(machine: Machine, steps: Iterable[Step | LibraryCall]) -> Prediction
         launches=len(steps),
         flops=flops,
         traffic=traffic,
-        roof=max(flops / machine.flops, traffic / machine.bandwidth),
+        roof=max(products, traffic / machine.bandwidth),
     )
 
 
 @cache
 def step_seconds(machine: Machine, step: Step | LibraryCall) -> float:
     if isinstance(step, LibraryCall):
-        return LAUNCH_GAP + max(step.flops / machine.flops, step.traffic / machine.bandwidth)
+        return LAUNCH_GAP + step.bound(machine)
     if step.resident < 1:
         raise ValueError(f"resident must be >= 1 for {step.name} to run at all, got {step.resident}")
     memory = step.work.traffic / machine.bandwidth

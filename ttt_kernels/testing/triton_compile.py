@@ -2,7 +2,7 @@
 
 Triton compiles through its own launch path: `JITFunction.warmup` specialises the arguments of a recorded
 launch (types, divisibility by 16, ones, compile-time values) exactly as a launch would, for the target
-that a stand-in driver names. The cubin is read with the disassembler that Triton's package carries.
+that a stand-in driver names. What the cubin holds is read by `machine_code`.
 
 It works in a process where Triton does not interpret; `kernel_survey` starts one, as
 `python -m ttt_kernels.testing.triton_compile REQUEST ANSWER`.
@@ -12,13 +12,9 @@ from __future__ import annotations
 
 import pickle
 import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,9 +28,9 @@ from ttt_kernels.ops.triton_launch import Launch, interpreted
 from ttt_kernels.testing.kernel_costs import work_of
 from ttt_kernels.testing.kernel_report import KernelReport
 from ttt_kernels.testing.kernel_survey import Case, Compiled
+from ttt_kernels.testing.machine_code import bytes_by_width, disassemble
 from ttt_kernels.testing.triton_workloads import record_case
 
-NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WARP = 32
 
 
@@ -126,11 +122,12 @@ def compile_launch(launch: Launch, architecture: int) -> KernelReport:
 
 def read(launch: Launch, compiled, architecture: int) -> KernelReport:
     """Triton's metadata, PTX and cubin of one kernel as a report."""
-    ptx, usage, code = compiled.asm["ptx"], *_disassemble(compiled.asm["cubin"])
+    ptx, usage, code = compiled.asm["ptx"], *disassemble(compiled.asm["cubin"])
     dots = _dots(compiled.asm["ttir"])
     constants = {p.name for p in launch.kernel.params if p.is_constexpr}
     tile = tuple((n, v) for n, v in launch.arguments.items() if n in constants)
-    loads, stores = _widths(code.opcodes, ("LDG", "LDGSTS")), _widths(code.opcodes, ("STG",))
+    inner = code.multiplying_loops()
+    loads, stores = bytes_by_width(code.opcodes, ("LDG", "LDGSTS")), bytes_by_width(code.opcodes, ("STG",))
     return KernelReport(
         kernel=launch.kernel.fn.__name__,
         architecture=architecture,
@@ -141,9 +138,9 @@ def read(launch: Launch, compiled, architecture: int) -> KernelReport:
         threads=int(re.search(r"\.(?:req|max)ntid (\d+)", ptx)[1]),
         registers=usage["REG"],
         stack=usage["STACK"],
-        spill_stores=sum(_widths(code.opcodes, ("STL",)).values()),
-        spill_loads=sum(_widths(code.opcodes, ("LDL",)).values()),
-        loop_spills=sum(sum(_widths(loop, ("STL", "LDL")).values()) for loop in code.multiplying_loops()),
+        spill_stores=sum(bytes_by_width(code.opcodes, ("STL",)).values()),
+        spill_loads=sum(bytes_by_width(code.opcodes, ("LDL",)).values()),
+        loop_spills=sum(sum(bytes_by_width(loop, ("STL", "LDL")).values()) for loop in inner),
         shared_memory=compiled.metadata.shared,
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
         dots=tuple(dots),
@@ -168,69 +165,6 @@ def _dots(ttir: str) -> list[tuple[int, int, int, str]]:
     found = re.findall(r"tt\.dot .*?: tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x\w+>", ttir)
     dots = [(int(m), int(n), int(k), dtype) for m, k, dtype, n in found]
     return sorted(set(dots), key=lambda d: (-d[0] * d[1] * d[2], d))
-
-
-@dataclass(frozen=True)
-class _Code:
-    """Machine code: opcodes in order, and (first, last) of every stretch that a branch goes back over."""
-
-    opcodes: list[str]
-    loops: list[tuple[int, int]]
-
-    def multiplying_loops(self) -> list[list[str]]:
-        """The innermost loops that hold matrix instructions."""
-        bodies = [(a, b) for a, b in self.loops if any("MMA" in op for op in self.opcodes[a : b + 1])]
-        inner = [
-            (a, b) for a, b in bodies if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in bodies)
-        ]
-        return [self.opcodes[a : b + 1] for a, b in inner]
-
-
-def _parse_code(text: str) -> _Code:
-    """What nvdisasm prints: lines such as `.L_x_2:` and `/*0a40*/   @!P0 LDG.E.128 R4, [R2.64] ;`."""
-    opcodes, labels, loops = [], {}, []
-    for line in text.splitlines():
-        if label := re.match(r"(\.L_\w+):", line):
-            labels[label[1]] = len(opcodes)
-        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)(.*)", line):
-            target = re.search(r"`\((\.L_\w+)\)", found[2])
-            if target and target[1] in labels:
-                loops.append((labels[target[1]], len(opcodes)))
-            opcodes.append(found[1])
-    return _Code(opcodes, loops)
-
-
-def _disassemble(cubin: bytes) -> tuple[dict[str, int], _Code]:
-    """Resource usage (REG, STACK, SHARED, ...) and the machine code."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _run("cuobjdump", "-res-usage", file.name)
-        text = _run("nvdisasm", "-c", file.name)
-    numbers = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    code = _parse_code(text)
-    if not code.opcodes or "REG" not in numbers:
-        raise RuntimeError("the disassembly of a cubin was not understood: " + (usage + text)[:200])
-    return numbers, code
-
-
-def _run(tool: str, *arguments: str) -> str:
-    command = [str(NVIDIA_TOOLS / tool), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _widths(opcodes: Iterable[str], names: tuple[str, ...]) -> Counter[int]:
-    """Bytes a thread moves by the instructions of these names, by width of the instruction."""
-    moved: Counter[int] = Counter()
-    for opcode in opcodes:
-        name, *modifiers = opcode.split(".")
-        if name in names:
-            width = next((w for m, w in _WIDTHS.items() if m in modifiers), 4)
-            moved[width] += width
-    return moved
-
-
-_WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
 def compile_cases(cases: Sequence[Case], architectures: Sequence[int], processes: int) -> list[Compiled]:

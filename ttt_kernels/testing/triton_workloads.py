@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import ttt_kernels.ops
+from ttt_kernels.ops.scan import reference
 from ttt_kernels.ops.scan import registration as scan
 from ttt_kernels.ops.scan.heuristics import use_plan
 from ttt_kernels.ops.step import registration as step
@@ -66,7 +67,8 @@ class _LibraryCalls(TorchDispatchMode):
             traffic = sum(map(_bytes, [*([] if name in self.FILL else before), *fresh, *twice]))
             count = flop_registry.get(func.overloadpacket)
             flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
-            self.calls.append(LibraryCall(f"torch.{name}", float(flops), float(traffic)))
+            single = bool(before) and before[0].dtype == torch.float32
+            self.calls.append(LibraryCall(f"torch.{name}", float(flops), float(traffic), single))
         return out
 
 
@@ -149,6 +151,12 @@ def _scan_forward(case: Case) -> Callable:
     return lambda: scan.FORWARD["triton"](*operands, False)
 
 
+def _scan_prefill(case: Case) -> Callable:
+    """What a prompt does: the state after its last chunk is wanted."""
+    *operands, _ = _scan_operands(case)
+    return lambda: scan.FORWARD["triton"](*operands, True, False)
+
+
 def _scan_split(case: Case) -> Callable:
     """The plan in which the library reads."""
     call = _scan_forward(case)
@@ -173,6 +181,37 @@ def _scan_both(case: Case) -> Callable:
     return call
 
 
+def _released(case: Case, backward: bool = False) -> Callable:
+    """The released formula, by torch alone: what kernels are compared with."""
+    z, v, w0, *_ = _scan_operands(case)
+    options = {"chunk_size": case.chunk_size, "preserve_row_norm": case.preserve_row_norm}
+
+    def call(*leaves: Tensor) -> Tensor:
+        return reference.scan(*leaves, 1.0, None, None, **options)[0]
+
+    return _by_torch(call, (z, v, w0), backward)
+
+
+def _plain(case: Case, backward: bool = False) -> Callable:
+    """The down-projection without fast weights."""
+    z, _, w0, *_ = _scan_operands(case)
+    return _by_torch(lambda z, w0: z @ w0.mT, (z, w0), backward)
+
+
+def _by_torch(call: Callable, leaves: tuple[Tensor, ...], backward: bool) -> Callable:
+    """`leaves`: z first, w0 last."""
+    if not backward:
+        return lambda: call(*leaves)
+    dy = leaves[0].new_empty(*leaves[0].shape[:2], len(leaves[-1]))
+
+    def both() -> tuple:
+        mine = [t.detach().requires_grad_() for t in leaves]
+        y = call(*mine)
+        return y, *torch.autograd.grad(y, mine, dy)
+
+    return both
+
+
 def _step_size(case: Case, kind: str, backward: bool = False) -> Callable:
     z, v, *_ = _scan_operands(case)
     rule = step_size.RULES[kind](1.0, 5)
@@ -195,9 +234,11 @@ def _target(case: Case, name: str, *extra: object, backward: bool = False) -> Ca
     return lambda: getattr(triton_target_fwd, name)(*operands)
 
 
-def _decode_operands(case: Case, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, pool, slots: one weight a request, one more in the pool."""
+def _decode_operands(case: Case, tokens: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, pool, slots: one weight a request; with slots one more in the pool."""
     z = _meta(case.batch, tokens, case.f, dtype=getattr(torch, case.dtype))
+    if not case.slots:
+        return z, _meta(case.batch, case.d, case.f), None
     return z, _meta(case.batch + 1, case.d, case.f), _meta(case.batch, dtype=torch.int64)
 
 
@@ -227,6 +268,11 @@ OPERATIONS: Mapping[str, Callable[[Case], Callable]] = MappingProxyType(
         "scan fwd": _scan_forward,
         "scan fwd, split plan": _scan_split,
         "scan fwd+bwd": _scan_both,
+        "scan prefill": _scan_prefill,
+        "released scan fwd": _released,
+        "released scan fwd+bwd": partial(_released, backward=True),
+        "plain projection fwd": _plain,
+        "plain projection fwd+bwd": partial(_plain, backward=True),
         "step size fwd": partial(_step_size, kind="spectral"),
         "step size bwd": partial(_step_size, kind="spectral", backward=True),
         "clipped step size fwd": partial(_step_size, kind="clipped"),

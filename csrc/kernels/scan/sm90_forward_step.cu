@@ -5,10 +5,11 @@
 //   write [d, f]  128 x 256 of W, K = tokens: rows of v and z both are K
 //
 // While a tile is multiplied the assistants sum the norms of the columns of an apply tile, or bring the
-// state of a write tile into L2, so that its reading overlaps the product.
+// state of a write tile into L2 and the consumers its first 64 columns into registers, so that reading it
+// overlaps the product.
 //
-// Cost of a write tile of C tokens: 16 C cycles of wgmma, and 320 KB of state against 64 B a cycle to and
-// from L2: 5 thousand cycles that nothing of the same multiprocessor overlaps but the loads of the next tile.
+// Cost of a write tile of C tokens: 16 C cycles of wgmma, and 320 KB of state at 64 B a cycle to and from L2,
+// 5 thousand cycles, which on the same multiprocessor only the loads of the next tile overlap.
 #include "sm90_tiles.cuh"
 
 namespace ttt::scan::sm90 {
@@ -89,19 +90,26 @@ struct ForwardTiles {
     if (is_empty) return;
     float c[kSums] = {};
     if (!is_apply) {
+      const StateTile state(shape, block.sequence, place, consumer);
+      const float scale = step_of(step.steps, block);
+      StateReader reader(step.state, state);
       consumer.multiply<T, Major::kMN, Major::kMN>(c, block.written);
       named_barrier(kReady, kConsumers + kAssistants);
-      store_state<T>(c, consumer, shape, StateTile(shape, block.sequence, place, consumer),
-                     step_of(step.steps, block), step.state, step.state, arguments.next_shadow, step.next_norms);
+      store_state<T>(c, consumer, state, scale, reader, step.state, arguments.next_shadow, step.next_norms);
       return;
     }
     consumer.multiply<T, Major::kK, Major::kK>(c, shape.f);
     named_barrier(kReady, kConsumers + kAssistants);
     const std::int64_t row = block.first + place.row;
     T* const at = static_cast<T*>(step.y) + row * step.y_stride + place.column;
-    const Output<T> output = {arguments.y, 0, static_cast<int>(row), static_cast<int>(place.column),
-                              static_cast<int>(block.tokens - place.row), static_cast<int>(shape.d - place.column),
-                              at, step.y_stride};
+    const Output<T> output = {arguments.y,
+                              0,
+                              static_cast<int>(row),
+                              static_cast<int>(place.column),
+                              static_cast<int>(block.tokens - place.row),
+                              static_cast<int>(shape.d - place.column),
+                              at,
+                              step.y_stride};
     for_each_part(c, [&](int part, Quad(&x)[kQuads]) {
 #pragma unroll
       for (int j = 0; j < kQuads; ++j) {
@@ -141,8 +149,8 @@ cudaError_t forward_step(const ForwardStep& step, const Device& device) {
     schedule.worth = static_cast<int>(shape.f / (shape.block_tokens + kStoreTokens));
   }
   if (maps.error != cudaSuccess) return maps.error;
-  return launch_tiles(device, schedule, sm90_scan_fwd_step_kernel<bfloat16>, sm90_scan_fwd_step_kernel<float16>,
-                      arguments);
+  return launch_tiles(device, schedule, sm90_scan_fwd_step_kernel<bfloat16>,
+                      sm90_scan_fwd_step_kernel<float16>, arguments);
 }
 
 }  // namespace ttt::scan::sm90

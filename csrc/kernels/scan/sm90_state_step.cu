@@ -1,5 +1,6 @@
 // Backward on Hopper, tiles [d, f] of the state (StateUse, as state_step.cu): 128 x 256 of A^T Z, K = tokens,
-// on the pipeline of sm90_pipeline.cuh. The assistants bring what the end of the tile reads into L2.
+// on the pipeline of sm90_pipeline.cuh. What the end of a tile reads is brought into L2 by the assistants
+// while it is multiplied, and its first 64 columns into the consumers' registers.
 //
 // Cost of a tile over C tokens: 16 C cycles of wgmma, then at 64 B a cycle to and from L2 5 thousand
 // (enter), 2 (products), 5 or with c 7 (leave).
@@ -57,55 +58,63 @@ struct StateTiles {
   __device__ __forceinline__ void consume(Consumer& consumer, int index) const {
     const auto [place, block, tokens, base] = tile(index);
     const StateStep& step = arguments.step;
-    float c[kSums] = {};
-    consumer.multiply<T, Major::kMN, Major::kMN>(c, tokens);
-    named_barrier(kReady, kConsumers + kAssistants);
     const StateTile state(step.shape, block.sequence, place, consumer);
+    float c[kSums] = {};
+    const auto multiply = [&, depth = tokens] {
+      consumer.multiply<T, Major::kMN, Major::kMN>(c, depth);
+      named_barrier(kReady, kConsumers + kAssistants);
+    };
     if constexpr (kUse == StateUse::kEnter) {
+      StateReader reader(base, state);
+      multiply();
       const float scale = tokens > 0 ? -step_of(step.steps, block) : 0.0f;
-      store_state<T>(c, consumer, step.shape, state, scale, base, step.weight, arguments.shadow, step.norms);
+      store_state<T>(c, consumer, state, scale, reader, step.weight, arguments.shadow, step.norms);
     }
-    if constexpr (kUse == StateUse::kProducts) sum_products(c, consumer, state);
-    if constexpr (kUse == StateUse::kLeave) leave(c, consumer, state);
-  }
-
-  __device__ __forceinline__ void sum_products(const float (&c)[kSums], const Consumer& consumer,
-                                               const StateTile& state) const {
-    const StateStep& step = arguments.step;
-    RowSums sums;
-    for_each_part(c, [&](int part, const Quad(&x)[kQuads]) {
-      Quad w[kQuads];
-      load_part(w, step.weight, state, part);
-      float sum = 0.0f;
+    if constexpr (kUse == StateUse::kProducts) {
+      StateReader weight(step.weight, state);
+      multiply();
+      RowSums sums;
+      for_each_part(c, [&](int part, const Quad(&x)[kQuads]) {
+        const Quad(&w)[kQuads] = weight.take();
+        float sum = 0.0f;
 #pragma unroll
-      for (int j = 0; j < kQuads; ++j) sum = add_products(sum, w[j], x[j]);
-      sums.add(consumer, step.shape, state, part, sum, step.products);
-    });
+        for (int j = 0; j < kQuads; ++j) sum = add_products(sum, w[j], x[j]);
+        weight.load(part + 1);
+        sums.add(consumer, state, part, sum, step.products);
+      });
+    }
+    if constexpr (kUse == StateUse::kLeave) {
+      StateReader grad(step.grad, state);
+      multiply();
+      leave(c, consumer, state, grad);
+    }
   }
 
-  __device__ __forceinline__ void leave(const float (&c)[kSums], Consumer& consumer, const StateTile& state) const {
+  __device__ __forceinline__ void leave(const float (&c)[kSums], Consumer& consumer, const StateTile& state,
+                                        StateReader& grad) const {
     const StateStep& step = arguments.step;
-    const std::int64_t row = state.row + consumer.row(), place = state.plane * step.shape.d + row;
+    const std::int64_t row = state.row + consumer.row(), at = state.plane * step.shape.d + row;
     const bool scales = step.ratio && row < step.shape.d;
-    const float ratio = scales ? step.ratio[place] : 0.0f, pull = scales ? step.pull[place] : 0.0f;
+    const float ratio = scales ? step.ratio[at] : 1.0f, pull = scales ? step.pull[at] : 0.0f;
     for_each_part(c, [&](int part, Quad(&x)[kQuads]) {
-      Quad other[kQuads];
+      Quad(&g)[kQuads] = grad.take();
       if (step.ratio) {
-        load_part(other, step.weight, state, part);
+        StateReader weight(step.weight, state, part);
+        const Quad(&w)[kQuads] = weight.take();
 #pragma unroll
         for (int j = 0; j < kQuads; ++j) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) x[j].at[i] = fmaf(-pull, other[j].at[i], ratio * x[j].at[i]);
+          for (int i = 0; i < 4; ++i) g[j].at[i] = fmaf(-pull, w[j].at[i], g[j].at[i]);
         }
       }
-      load_part(other, step.grad, state, part);
 #pragma unroll
       for (int j = 0; j < kQuads; ++j) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[j].at[i] += other[j].at[i];
+        for (int i = 0; i < 4; ++i) x[j].at[i] = fmaf(ratio, x[j].at[i], g[j].at[i]);
       }
+      grad.load(part + 1);
       store_part(step.grad, state, part, x);
-      store_rounded(consumer, state.output<T>(arguments.shadow, step.shape), part, x);
+      store_rounded(consumer, state.output<T>(arguments.shadow), part, x);
     });
   }
 };

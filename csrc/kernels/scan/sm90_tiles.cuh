@@ -26,7 +26,8 @@ struct TilePlace {
 };
 
 __device__ __forceinline__ TilePlace tile_place(int index, std::int64_t height, std::int64_t width) {
-  const int rows = static_cast<int>(ceil_div(height, kTileM)), columns = static_cast<int>(ceil_div(width, kTileN));
+  const int rows = static_cast<int>(ceil_div(height, kTileM));
+  const int columns = static_cast<int>(ceil_div(width, kTileN));
   return {index / (rows * columns), std::int64_t{index % rows} * kTileM,
           std::int64_t{index / rows % columns} * kTileN};
 }
@@ -71,7 +72,7 @@ struct Output {
 // The quads of one row and 64 columns, rounded. The whole warpgroup takes part.
 template <class T>
 __device__ __forceinline__ void store_rounded(Consumer& consumer, const Output<T>& output, int part,
-                                           const Quad (&quads)[kQuads]) {
+                                              const Quad (&quads)[kQuads]) {
   if (part * kBox >= output.columns) return;
   if (consumer.group * kBox + kBox > output.rows) {
     T* const at = output.at + consumer.row() * output.stride + consumer.column() + part * kBox;
@@ -84,13 +85,13 @@ __device__ __forceinline__ void store_rounded(Consumer& consumer, const Output<T
   }
   unsigned char* const box = consumer.storage.staging[consumer.group][consumer.box];
   consumer.box ^= 1;
-  const int row = consumer.row() % kBox;
+  const unsigned row = consumer.row() % kBox;  // its piece j lies at j ^ row % 8
+  const unsigned place = row * 128 + row % 8 * 16 + consumer.column() * sizeof(T);
   if (consumer.thread == 0) wait_stores_read<1>();  // of the other box at most: this one is free
   named_barrier(kStaging + consumer.group, kGroup);
 #pragma unroll
-  for (int j = 0; j < kQuads; ++j) {
-    store_shared_vector(reinterpret_cast<T*>(box + row * 128 + (j ^ row % 8) * 16) + consumer.column(),
-                 round_quad<T>(quads[j]));
+  for (unsigned j = 0; j < kQuads; ++j) {
+    store_shared_vector(reinterpret_cast<T*>(box + (place ^ j * 16)), round_quad<T>(quads[j]));
   }
   fence_async_shared();
   named_barrier(kStaging + consumer.group, kGroup);
@@ -104,25 +105,36 @@ __device__ __forceinline__ void store_rounded(Consumer& consumer, const Output<T
 // in 16 rows of 32 bytes; so that it moves 8 rows of 64 instead, each half of what L1 looks up, neighbouring
 // lanes take the same row of either half of the warp's rows, and eight columns each.
 struct StateTile {
+  const Shape& shape;
   int plane, row, column;  // of its corner
-  std::int64_t at;         // offset of the thread's first quad; that of the other row is 8 rows further
-  std::int64_t below;
+  std::int64_t at;         // offset of the thread's first quad; its other row is 8 further
   int left[2];             // columns from there on that lie inside; none where the row does not
 
-  __device__ __forceinline__ StateTile(const Shape& shape, std::int64_t sequence, const TilePlace& place,
+  __device__ __forceinline__ StateTile(const Shape& states, std::int64_t sequence, const TilePlace& place,
                                        const Consumer& consumer)
-      : plane(static_cast<int>(sequence)), row(static_cast<int>(place.row)), column(static_cast<int>(place.column)) {
+      : shape(states),
+        plane(static_cast<int>(sequence)),
+        row(static_cast<int>(place.row)),
+        column(static_cast<int>(place.column)) {
     const int odd = consumer.lane() % 2;
     const int r = row + consumer.row() - 8 * odd, c = column + consumer.column() + 8 * odd;
     at = (sequence * shape.d + r) * shape.f + c;
-    below = 8 * shape.f;
     left[0] = r < shape.d ? static_cast<int>(shape.f) - c : 0;
     left[1] = r + 8 < shape.d ? static_cast<int>(shape.f) - c : 0;
   }
 
+  // Of quad j of a part as it is moved, where that lies inside.
+  __device__ __forceinline__ bool contains(int part, int j) const {
+    return part * kBox + j / 2 * 16 < left[j % 2];
+  }
+  __device__ __forceinline__ std::int64_t offset(int part, int j) const {
+    return at + j % 2 * 8 * shape.f + part * kBox + j / 2 * 16;
+  }
+
   template <class T>
-  __device__ __forceinline__ Output<T> output(const TensorMap& map, const Shape& shape) const {
-    return {map, plane, row, column, kWhole, static_cast<int>(shape.f) - column, nullptr, 0};  // TMA clips rows
+  __device__ __forceinline__ Output<T> output(const TensorMap& map) const {
+    // TMA clips the rows.
+    return {map, plane, row, column, kWhole, static_cast<int>(shape.f) - column, nullptr, 0};
   }
 };
 
@@ -149,28 +161,44 @@ __device__ __forceinline__ void prefetch_tile(const float* state, const Shape& s
   }
 }
 
-// The quads of 64 columns of the thread's row, zeros outside. All loads begin before one is used.
-__device__ __forceinline__ void load_part(Quad (&into)[kQuads], const float* state, const StateTile& tile, int part) {
-  const float* const from = state + tile.at + part * kBox;
-#pragma unroll
-  for (int j = 0; j < kQuads; ++j) {
-    const int column = j / 2 * 16;
-    into[j] = {};
-    if (part * kBox + column < tile.left[j % 2]) into[j] = load_vector<float, 4>(from + j % 2 * tile.below + column);
-  }
-#pragma unroll
-  for (int j = 0; j < kQuads; j += 2) swap_quads(into[j], into[j + 1]);
-}
+// Reads a tile of the state, 64 columns at a time: the first while the tile is multiplied, the next while the
+// last are stored, so that nobody waits for L2.
+struct StateReader {
+  const float* state;
+  const StateTile& tile;
+  Quad quads[kQuads];
 
-__device__ __forceinline__ void store_part(float* state, const StateTile& tile, int part, const Quad (&quads)[kQuads]) {
-  float* const to = state + tile.at + part * kBox;
+  __device__ __forceinline__ StateReader(const float* from, const StateTile& place, int part = 0)
+      : state(from), tile(place) {
+    load(part);
+  }
+
+  __device__ __forceinline__ void load(int part) {
+#pragma unroll
+    for (int j = 0; j < kQuads; ++j) {
+      quads[j] = {};
+      if (part >= kParts || !tile.contains(part, j)) continue;
+      quads[j] = load_vector<float, 4>(state + tile.offset(part, j));
+    }
+  }
+
+  // What was loaded as the quads of the thread's row, zeros outside.
+  __device__ __forceinline__ Quad (&take())[kQuads] {
+#pragma unroll
+    for (int j = 0; j < kQuads; j += 2) swap_quads(quads[j], quads[j + 1]);
+    return quads;
+  }
+};
+
+__device__ __forceinline__ void store_part(float* state, const StateTile& tile, int part,
+                                           const Quad (&quads)[kQuads]) {
 #pragma unroll
   for (int j = 0; j < kQuads; j += 2) {
     Quad pair[2] = {quads[j], quads[j + 1]};
     swap_quads(pair[0], pair[1]);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (part * kBox + j * 8 < tile.left[h]) store_vector(to + h * tile.below + j * 8, pair[h]);
+      if (tile.contains(part, j + h)) store_vector(state + tile.offset(part, j + h), pair[h]);
     }
   }
 }
@@ -180,40 +208,41 @@ __device__ __forceinline__ void store_part(float* state, const StateTile& tile, 
 struct RowSums {
   float half = 0.0f;
 
-  __device__ __forceinline__ void add(const Consumer& consumer, const Shape& shape, const StateTile& tile, int part,
-                                      float sum, float* sums) {
+  __device__ __forceinline__ void add(const Consumer& consumer, const StateTile& tile, int part, float sum,
+                                      float* sums) {
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     if (part % 2 == 0) {
       half = sum;
       return;
     }
     const int place = tile.column / kTile + part / 2, row = tile.row + consumer.row();
-    const std::int64_t parts = ceil_div(shape.f, kTile);
-    if (consumer.lane() % 4 < 2 && row < shape.d && place < parts) {
-      sums[(tile.plane * parts + place) * shape.d + row] = half + sum;
+    const std::int64_t parts = ceil_div(tile.shape.f, kTile);
+    if (consumer.lane() % 4 < 2 && row < tile.shape.d && place < parts) {
+      sums[(tile.plane * parts + place) * tile.shape.d + row] = half + sum;
     }
   }
 };
 
-// weight = base + scale * c, rounded into the map; sums of squares into norms unless null. base may be weight.
+// weight = base + scale * c, rounded into the map; sums of squares into norms unless null. base may read
+// weight.
 template <class T>
-__device__ __forceinline__ void store_state(const float (&c)[kSums], Consumer& consumer, const Shape& shape,
-                                            const StateTile& tile, float scale, const float* base, float* weight,
-                                            const TensorMap& shadow, float* norms) {
+__device__ __forceinline__ void store_state(const float (&c)[kSums], Consumer& consumer,
+                                            const StateTile& tile, float scale, StateReader& base,
+                                            float* weight, const TensorMap& shadow, float* norms) {
   RowSums sums;
-  for_each_part(c, [&](int part, const Quad(&x)[kQuads]) {
-    Quad w[kQuads];
-    load_part(w, base, tile, part);
+  for_each_part(c, [&](int part, Quad(&x)[kQuads]) {
+    const Quad(&w)[kQuads] = base.take();
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < kQuads; ++j) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) w[j].at[i] = fmaf(scale, x[j].at[i], w[j].at[i]);
-      sum = add_squares(sum, w[j]);
+      for (int i = 0; i < 4; ++i) x[j].at[i] = fmaf(scale, x[j].at[i], w[j].at[i]);
+      sum = add_squares(sum, x[j]);
     }
-    store_part(weight, tile, part, w);
-    if (norms) sums.add(consumer, shape, tile, part, sum, norms);
-    store_rounded(consumer, tile.output<T>(shadow, shape), part, w);
+    base.load(part + 1);
+    store_part(weight, tile, part, x);
+    if (norms) sums.add(consumer, tile, part, sum, norms);
+    store_rounded(consumer, tile.output<T>(shadow), part, x);
   });
 }
 

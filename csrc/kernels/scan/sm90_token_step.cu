@@ -87,10 +87,12 @@ struct TokenTiles {
 
   // The sums of V * c over 128 columns each, in the order of lanes, then warps.
   __device__ __forceinline__ void sum_values(const float (&c)[kSums], const Consumer& consumer,
-                                             const TilePlace& place, std::int64_t row, std::int64_t rows) const {
+                                             const TilePlace& place, std::int64_t row,
+                                             std::int64_t rows) const {
     const TokenStep& step = arguments.step;
     const Shape& shape = step.shape;
-    const T* const v = static_cast<const T*>(step.v.at) + (row + consumer.row()) * step.v.stride + place.column;
+    const std::int64_t from = (row + consumer.row()) * step.v.stride + place.column;
+    const T* const v = static_cast<const T*>(step.v.at) + from;
     float sums[kTileN / kTile] = {};
     for_each_part(c, [&](int part, const Quad(&x)[kQuads]) {
       const int column = consumer.column() + part * kBox;
@@ -136,7 +138,8 @@ cudaError_t token_step(const TokenStep& step, const Device& device) {
   MapMaker maps = {device.operand == Operand::kBfloat16};
   maps.rows(&arguments.z, step.z, shape.tokens, shape.f);
   maps.rows(&arguments.v, step.v, shape.tokens, shape.d);
-  maps.rows(&arguments.dy, step.dy, step.dy_is_local ? shape.count * shape.block_tokens : shape.tokens, shape.d);
+  const std::int64_t dy_rows = step.dy_is_local ? shape.count * shape.block_tokens : shape.tokens;
+  maps.rows(&arguments.dy, step.dy, dy_rows, shape.d);
   maps.states(&arguments.shadow, step.shadow, shape);
   maps.states(&arguments.grad_shadow, step.grad_shadow, shape);
   maps.rows(&arguments.dz, {step.dz, shape.f}, shape.tokens, shape.f);
@@ -146,8 +149,8 @@ cudaError_t token_step(const TokenStep& step, const Device& device) {
   schedule.longs = count_tiles(shape, shape.block_tokens, shape.d);
   schedule.shorts = count_tiles(shape, shape.block_tokens, shape.f);
   schedule.worth = static_cast<int>(shape.f / (2 * shape.d));
-  return launch_tiles(device, schedule, sm90_scan_bwd_token_kernel<bfloat16>, sm90_scan_bwd_token_kernel<float16>,
-                      arguments);
+  return launch_tiles(device, schedule, sm90_scan_bwd_token_kernel<bfloat16>,
+                      sm90_scan_bwd_token_kernel<float16>, arguments);
 }
 
 }  // namespace ttt::scan::sm90

@@ -1,0 +1,104 @@
+"""What a cubin holds, whoever compiled it: resource usage and machine code, through the disassembler that
+Triton's package carries, or the one on PATH. Triton itself is not imported."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Code:
+    """Machine code: opcodes in order, and (first, last) of every stretch that a branch goes back over."""
+
+    opcodes: list[str]
+    loops: list[tuple[int, int]]
+
+    def multiplying_loops(self) -> list[list[str]]:
+        """The innermost loops that hold matrix instructions."""
+        bodies = [(a, b) for a, b in self.loops if any("MMA" in op for op in self.opcodes[a : b + 1])]
+        inner = [
+            (a, b) for a, b in bodies if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in bodies)
+        ]
+        return [self.opcodes[a : b + 1] for a, b in inner]
+
+
+def parse_code(text: str) -> Code:
+    """What nvdisasm prints: lines such as `.L_x_2:` and `/*0a40*/   @!P0 LDG.E.128 R4, [R2.64] ;`."""
+    opcodes, labels, loops = [], {}, []
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(opcodes)
+        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)(.*)", line):
+            target = re.search(r"`\((\.L_\w+)\)", found[2])
+            if target and target[1] in labels:
+                loops.append((labels[target[1]], len(opcodes)))
+            opcodes.append(found[1])
+    return Code(opcodes, loops)
+
+
+def disassemble(cubin: bytes) -> tuple[dict[str, int], Code]:
+    """Resource usage (REG, STACK, SHARED, ...) and the machine code of a cubin's only kernel."""
+    (kernel,) = disassemble_all(cubin).values()
+    return kernel
+
+
+def disassemble_all(cubin: bytes) -> dict[str, tuple[dict[str, int], Code]]:
+    """The same of every kernel, by its mangled name. THREADS: of a block, where the source bounds them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = run_tool("cuobjdump", "-res-usage", file.name)
+        text = run_tool("nvdisasm", file.name)
+    parts = re.split(r"^\s*\.section\s+([^\s,]+).*$", text, flags=re.M)
+    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+    kernels = {}
+    for name, line in re.findall(r"Function (\S+):\s*\n(.*)", usage):
+        numbers = {resource: int(n) for resource, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
+        info = sections.get(f".nv.info.{name}", "")
+        if threads := re.search(r"EIATTR_MAX_THREADS.*?\.word\s+(\w+)", info, re.S):
+            numbers["THREADS"] = int(threads[1], 0)
+        kernels[name] = numbers, parse_code(sections.get(f".text.{name}", ""))
+    if any("REG" not in numbers or not code.opcodes for numbers, code in kernels.values()):
+        raise RuntimeError("the disassembly of a cubin was not understood: " + (usage + text)[:200])
+    return kernels
+
+
+def run_tool(name: str, *arguments: str, folder: Path | None = None) -> str:
+    """What `cuobjdump` or `nvdisasm` prints, run in `folder`.
+
+    Raises:
+        FileNotFoundError: neither the toolkit on PATH nor Triton's package has it.
+    """
+    command = [find_tool(name), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def find_tool(name: str) -> str:
+    triton = find_spec("triton")
+    bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name if triton else None
+    found = str(bundled) if bundled and bundled.exists() else shutil.which(name)
+    if found is None:
+        raise FileNotFoundError(f"{name} is neither in a triton package nor on PATH")
+    return found
+
+
+def bytes_by_width(opcodes: Iterable[str], names: tuple[str, ...]) -> Counter[int]:
+    """Bytes a thread moves by the instructions of these names, by width of the instruction."""
+    moved: Counter[int] = Counter()
+    for opcode in opcodes:
+        name, *modifiers = opcode.split(".")
+        if name in names:
+            width = next((w for m, w in _WIDTHS.items() if m in modifiers), 4)
+            moved[width] += width
+    return moved
+
+
+_WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
