@@ -3,7 +3,8 @@ schedule. A mutant is such a program with one file changed.
 
     programs = Programs(folder)
     programs.run(programs.build("gemm"), "write", file)
-    mutant = programs.mutant("gemm", ["tests/gemm_sm80.cu"], [Change("tests/gemm_sm80.cu", "__syncthreads();")])
+    change = Change("tests/gemm_sm80.cu", "__syncthreads();")
+    mutant = programs.mutant("gemm", ["tests/gemm_sm80.cu"], [change])
     programs.run(mutant, "check", file)  # fails, and says why
 """
 
@@ -43,7 +44,8 @@ class Change:
     def apply(self, folder: Path) -> None:
         path = folder / self.file
         text = path.read_text()
-        assert text.count(self.old) == self.count, f"{self.file} has {self.old!r} {text.count(self.old)} times"
+        found = text.count(self.old)
+        assert found == self.count, f"{self.file} has {self.old!r} {found} times, {self.count} expected"
         path.write_text(text.replace(self.old, self.new))
 
 
@@ -76,8 +78,9 @@ class Programs:
             change.apply(folder)
         objects = [self._compile(folder / unit, folder, sanitized) for unit in units]
         replaced = {Path(unit).name for unit in units}
-        rest = [o for o in self._objects(name, sanitized) if o.stem.removesuffix("_sanitized") not in replaced]
-        self._link(folder / name, objects + rest, sanitized)
+        others = self._objects(name, sanitized)
+        others = [path for path in others if path.stem.removesuffix("_sanitized") not in replaced]
+        self._link(folder / name, objects + others, sanitized)
         return folder / name
 
     def library(self, name: str, sources: list[Path]) -> Path:

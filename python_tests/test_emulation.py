@@ -88,7 +88,7 @@ def test_shuffles_and_votes(library):
     np.testing.assert_array_equal(r[:, 1], x[np.where(LANES + 3 < 32, LANES + 3, LANES)])
     np.testing.assert_array_equal(r[:, 2], x[np.where(LANES % 8 >= 3, LANES - 3, LANES)])
     np.testing.assert_array_equal(r[:, 3], x[LANES // 16 * 16 + 9])
-    np.testing.assert_array_equal(r[:, 4].view(np.uint32), np.sum((x % 2).astype(np.uint64) << LANES.astype(np.uint64)))
+    np.testing.assert_array_equal(r[:, 4].copy().view(np.uint32), np.sum(x % 2 * (1 << LANES)))
     np.testing.assert_array_equal(r[:, 5], 1)
     np.testing.assert_array_equal(r[:, 6], x[np.where(LANES < 16, LANES ^ 1, LANES ^ 2)])
     np.testing.assert_array_equal(r[:, 7], x.sum())
@@ -118,21 +118,15 @@ def test_boxes(library, index):
     window = around[plane, row + 128 : row + 192, column + 128 : column + 192]
 
     box = np.zeros((64, 8, 8), np.uint16)
-    place = np.array(index, np.int32)
-    passed(
-        library,
-        library.box_of(False, pointer(memory), pointer(sizes), pointer(strides), pointer(place), pointer(box)),
-    )
+    where = [pointer(memory), pointer(sizes), pointer(strides), pointer(np.array(index, np.int32))]
+    passed(library, library.box_of(False, *where, pointer(box)))
     np.testing.assert_array_equal(box, swizzled(window))
 
     written = np.random.default_rng(2).integers(0, 1 << 16, (64, 64), dtype=np.uint16)
     before = memory.copy()
     window[:] = written
     laid = swizzled(written)
-    passed(
-        library,
-        library.box_of(True, pointer(memory), pointer(sizes), pointer(strides), pointer(place), pointer(laid)),
-    )
+    passed(library, library.box_of(True, *where, pointer(laid)))
     np.testing.assert_array_equal(tensor, around[:2, 128 : 128 + 90, 128 : 128 + 104])
     tensor[:] = 0
     expected = np.lib.stride_tricks.as_strided(before, tensor.shape, tensor.strides)
@@ -193,14 +187,14 @@ def test_conversions(library, name):
     values = torch.from_numpy(patterns.view(np.int16)).view(TYPES[name])
     exact = values.float().numpy()
     with np.errstate(all="ignore"):
-        next_one = torch.from_numpy((patterns + 1).astype(np.uint16).view(np.int16)).view(TYPES[name]).float().numpy()
+        next_one = np.roll(exact, -1)
         ties = ((exact.astype(np.float64) + next_one) / 2).astype(np.float32)
         inputs = np.stack([exact, ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, exact * 2)])
     for x in inputs:
         x = np.ascontiguousarray(x)
         rounded, back = np.zeros(1 << 16, np.uint16), np.zeros(1 << 16, np.float32)
         library.convert_of(
-            ctypes.c_bool(name == "bfloat16"), pointer(x), pointer(rounded), pointer(back), ctypes.c_int64(1 << 16)
+            ctypes.c_bool(name == "bfloat16"), *map(pointer, (x, rounded, back)), ctypes.c_int64(x.size)
         )
         np.testing.assert_array_equal(back, exact)  # NaN equals NaN here
         expected = torch.from_numpy(x).to(TYPES[name])
@@ -212,7 +206,7 @@ def test_conversions(library, name):
 
 # --- what is refused ------------------------------------------------------------------------------
 FAULTS = [  # in the order of csrc/tests/primitives.cu, from 1: threads, what the error says
-    (128, "nothing can go on: threads 0 to 63 have ended; threads 64 to 127 wait in __syncthreads, where 64 of 128"),
+    (128, "threads 0 to 63 have ended; threads 64 to 127 wait in __syncthreads, where 64 of 128 threads are"),
     (128, "cp.async at shared address 1032, which is no multiple of 16"),
     (128, "cp.async outside shared memory"),
     (128, "the lanes of a warp have to call ldmatrix together"),
@@ -226,7 +220,7 @@ FAULTS = [  # in the order of csrc/tests/primitives.cu, from 1: threads, what th
     (384, "acquire_registers, where 256 each are wanted"),
     (128, "accumulators were written after fence_accumulators"),
     (128, "accumulators were written before wait_products"),
-    (128, "the kernel uses 24576 bytes of shared memory"),
+    (128, "the kernel uses 32768 bytes of shared memory"),
     (128, "setmaxnreg, where 1 of 32 lanes are"),
 ]  # fmt: skip
 
@@ -247,20 +241,19 @@ def test_launch_limits(library):
 
 # --- the twins ------------------------------------------------------------------------------------
 def test_twins_have_the_same_functions():
-    """Every function of the device headers is in the emulation's, with as many parameters (but for TTT_SITE)."""
+    """Name and number of parameters of every function, but for the TTT_SITE of the emulation's."""
+    parameter_list = r"(?:[^()]|\(&\w*\)|\(\*\w+\)\([^()]*\))*"
+    definition = re.compile(rf"\b(\w+)(?:<\w+>)?\(({parameter_list})\)\s*\{{")
 
-    def functions(path) -> dict[str, set[int]]:
-        text = re.sub(r"//[^\n]*", "", path.read_text()).replace(", TTT_SITE", "").replace("TTT_SITE", "")
-        found: dict[str, set[int]] = {}
-        for name, parameters in re.findall(r"\b(\w+)(?:<\w+>)?\(((?:[^()]|\(&\w*\)|\(\*kernel\)\([^()]*\))*)\)\s*\{", text):
-            if name not in ("if", "for", "while", "switch", "asm"):
-                found.setdefault(name, set()).add(parameters.count(",") + bool(parameters.strip()))
-        return found
+    def functions(path) -> set[tuple[str, int]]:
+        text = re.sub(r"//[^\n]*|,?\s*TTT_SITE|/\*.*?\*/", "", path.read_text())
+        found = [match for match in definition.findall(text) if match[0] not in ("if", "for", "while")]
+        return {(name, parameters.count(",") + bool(parameters.strip())) for name, parameters in found}
 
     for name in ("platform", "async_copy", "mma", "hopper"):
         device = functions(SOURCES / f"include/ttt/primitives/{name}.cuh")
         emulated = functions(SOURCES / f"emulation/ttt/primitives/{name}.cuh")
-        assert device and device.items() <= emulated.items(), name
+        assert len(device) > 2 and device <= emulated, (name, device - emulated)
 
 
 def test_twins_make_the_same_descriptor():

@@ -191,17 +191,20 @@ void Block::meet(const char* what, unsigned mask, void* mine, Action action, boo
   const int lanes = std::min(32, static_cast<int>(threads_.size()) - first);
   if (lanes < 32) mask &= (1u << lanes) - 1;
   if (!(mask >> lane & 1)) fail(join({what, " by a lane that its mask leaves out"}), site);
-  const auto find = [&w](const auto& condition) { return std::find_if(w.meetings.begin(), w.meetings.end(), condition); };
-  auto meeting = find([mask](const Meeting& m) { return (m.mask & mask) != 0; });
+  const auto find = [&w](unsigned wanted) {
+    const auto has_mask = [wanted](const Meeting& meeting) { return meeting.mask == wanted; };
+    return std::find_if(w.meetings.begin(), w.meetings.end(), has_mask);
+  };
+  auto meeting = find(mask);
   if (meeting == w.meetings.end()) {
-    meeting = find([](const Meeting& m) { return m.mask == 0; });
+    meeting = find(0);
     meeting->what = what;
     meeting->action = action;
     meeting->mask = mask;
     meeting->arrived = 0;
     meeting->aligned = aligned;
     meeting->site = site;
-  } else if (meeting->mask != mask || meeting->action != action || (aligned && !same(meeting->site, site))) {
+  } else if (meeting->action != action || (aligned && !same(meeting->site, site))) {
     fail(join({"the lanes of a warp have to call ", what, " together, but some call ", meeting->what,
                at(meeting->site)}),
          site);
@@ -239,6 +242,11 @@ void Block::thread_ended() {
 void Block::check_end() {
   if (!loads.empty()) {
     error = join({"block ", text_of(index_), " ended before a load had arrived", at(loads.front().site)});
+  }
+  for (const Thread& thread : threads_) {
+    if (thread.registers != threads_[thread.index / 128 * 128].registers) {
+      error = join({"block ", text_of(index_), ": not all warps of a warpgroup changed their registers alike"});
+    }
   }
 }
 

@@ -15,7 +15,7 @@ struct Matrices {
 
 __global__ void matrices_kernel(const std::uint16_t* from, bool transposed, std::uint32_t* into) {
   auto& shared = shared_storage<Matrices>();
-  for (int i = threadIdx.x; i < 256; i += 32) shared.at[0][0][i] = from[i];
+  for (int i = threadIdx.x; i < 256; i += 32) shared.at[i / 64][i / 8 % 8][i % 8] = from[i];
   __syncwarp();
   std::uint32_t r[4];
   const void* row = shared.at[threadIdx.x / 8][threadIdx.x % 8];
@@ -51,7 +51,7 @@ __global__ void lanes_kernel(const int* x, int* into) {
 }
 
 struct Box {
-  alignas(1024) unsigned char at[kBoxBytes];
+  alignas(1024) unsigned char at[2 * kBoxBytes];  // the second for operands of 128 columns
   Barrier barrier;
 };
 
@@ -88,19 +88,19 @@ enum Fault : int {
 };
 
 struct Large {
-  unsigned char at[3 * kBoxBytes];
+  unsigned char at[4 * kBoxBytes];
 };
 
 // Two products; between, the accumulators are touched where they must not be.
 __device__ __forceinline__ void touch_accumulators(Box& shared, Fault fault) {
   float c[64] = {};
-  for (int i = threadIdx.x; i < kBoxBytes; i += 128) shared.at[i] = 0;
+  for (int i = threadIdx.x; i < 2 * kBoxBytes; i += 128) shared.at[i] = 0;
   fence_async_shared();
   __syncthreads();
   for (int i = 0; i < 2; ++i) {
     fence_accumulators();
     if (fault == kWrittenAfterFence) c[i] = 1;
-    const auto operand = box_descriptor<Major::kK>(shared.at, fault == kOperandOutside ? 300 : 0);
+    const auto operand = box_descriptor<Major::kK>(shared.at, fault == kOperandOutside ? 3200 : 0);
     multiply_add<bfloat16, 128, Major::kK, Major::kMN>(c, operand, box_descriptor<Major::kMN>(shared.at, 0));
     commit_products();
     if (fault == kWrittenBeforeWait) c[i] = 1;
@@ -115,7 +115,7 @@ __global__ void fault_kernel(const __grid_constant__ TensorMap map, Fault fault,
   switch (fault) {
     case kMissingThreads: if (thread >= 64) __syncthreads(); break;
     case kMisalignedCopy: copy_async_16(shared.at + 8, from, true); break;
-    case kCopyOutside: copy_async_16(shared.at + 2 * kBoxBytes, from, true); break;
+    case kCopyOutside: copy_async_16(shared.at + 4 * kBoxBytes, from, true); break;
     case kDivergent:
       if (thread % 32 < 16) load_matrices(r, shared.at);
       else load_matrices_transposed(r, shared.at);

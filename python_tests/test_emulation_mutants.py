@@ -1,0 +1,106 @@
+"""The emulation finds what is missing: kernels pass under every schedule, and with one line changed they do
+not. The scan's own kernels are the ones changed, and the example products of csrc/tests where those of the
+scan would not show it."""
+
+from __future__ import annotations
+
+import pytest
+from emulated_programs import COMPILER, Change, Programs
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulation is built with g++, and there is none")
+
+SM80, SM90 = "tests/gemm_sm80.cu", "tests/gemm_sm90.cu"
+WRONG = "wrong result"
+GEMM = {  # file, what it says, what it should not say, how it shows
+    "barrier": (SM80, "__syncthreads();", "", WRONG),
+    "wait_copies": (SM80, "wait_copies<kStages - 2>();", "", WRONG),
+    "shallow wait_copies": (SM80, "wait_copies<kStages - 2>();", "wait_copies<kStages - 1>();", WRONG),
+    "parity": (SM90, "step / kStages % 2 ^ 1", "step / kStages % 2", "nothing can go on"),
+    "barrier after init": (SM90, "__syncthreads();", "", "nobody has initialised"),
+    "fence of the inits": (SM90, "fence_barrier_init();", "", "without fence_barrier_init"),
+    "expected bytes": (SM90, "(1 + kN / kBox) * kBoxBytes", "kN / kBox * kBoxBytes", ""),
+    "wait for a load": (SM90, "barrier_wait(&shared.full[stage], step / kStages % 2);", "", ""),
+    "wait for a free stage": (SM90, "barrier_wait(&shared.empty[stage], step / kStages % 2 ^ 1);", "", ""),
+    "arrival": (SM90, "if (threadIdx.x == 128) barrier_arrive(&shared.empty[stage]);", "", "lacks 1 arrivals"),
+    "fence_accumulators": (SM90, "fence_accumulators();", "", "wgmma without fence_accumulators"),
+    "commit_products": (SM90, "commit_products();", "", "ended before wait_products"),
+    "wait_products": (SM90, "wait_products<0>();", "", "ended before wait_products"),
+    "fence before a store": (SM90, "fence_async_shared();", "", "without fence_async_shared"),
+    "barrier before a store": (SM90, "named_barrier(1, 128);", "", ""),
+    "wait_stores_read": (SM90, "wait_stores_read<0>();", "", "before wait_stores_read"),
+    "step of a descriptor": (SM90, "box_descriptor<kA>(shared.a[stage], k)", "box_descriptor<kA>(shared.a[stage], 0)", WRONG),
+    "one warp gives registers": (SM90, "release_registers<40>();", "if (threadIdx.x < 32) release_registers<40>();", "not all warps"),
+}  # fmt: skip
+
+SLAB, PIPELINE, TILES = "include/ttt/gemm_sm80.cuh", "kernels/scan/sm90_pipeline.cuh", "kernels/scan/sm90_tiles.cuh"
+SM80_UNIT, SM90_UNIT = "kernels/scan/forward_step.cu", "kernels/scan/sm90_forward_step.cu"
+SCAN = {
+    "wait_copies": (SLAB, SM80_UNIT, "wait_copies<kStages - 2>();", "", ""),
+    "barrier": (SLAB, SM80_UNIT, "wait_copies<kStages - 2>();\n    __syncthreads();", "wait_copies<kStages - 2>();", ""),
+    "barrier before the row scale is read": (SM80_UNIT, SM80_UNIT, "__syncthreads();", "", WRONG),
+    "wait for a free stage": (PIPELINE, SM90_UNIT, "barrier_wait(&storage.empty[at.stage], at.phase ^ 1);", "", ""),
+    "parity": (PIPELINE, SM90_UNIT, "barrier_wait(&storage.full[at.stage], at.phase);", "barrier_wait(&storage.full[at.stage], at.phase ^ 1);", ""),
+    "wait_products of the step before": (PIPELINE, SM90_UNIT, "wait_products<1>();", "", WRONG),
+    "fence of cleared rows": (PIPELINE, SM90_UNIT, "fence_async_shared();", "", "without fence_async_shared"),
+    "barrier of cleared rows": (PIPELINE, SM90_UNIT, "named_barrier(kAllConsumers, kConsumers);", "", ""),
+    "wait_stores_read": (TILES, SM90_UNIT, "if (consumer.thread == 0) wait_stores_read<1>();", "", ""),
+    "fence before a store": (TILES, SM90_UNIT, "fence_async_shared();", "", "without fence_async_shared"),
+}  # fmt: skip
+
+# Under AddressSanitizer: reads and writes beyond the tensors.
+BOUNDS = {
+    "rows read": ("first + row < rows && ", ""),
+    "rows written": ("if (row < m && column < n)", "if (column < n)"),
+}
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory) -> Programs:
+    return Programs(tmp_path_factory.mktemp("mutants"))
+
+
+def expected(programs: Programs, name: str):
+    """The outputs of the program as it is."""
+    file = programs.folder / f"{name}.expected"
+    if not file.exists():
+        written = programs.run(programs.build(name), "write", file)
+        assert written.returncode == 0, written.stdout
+    return file
+
+
+def fails(programs: Programs, name: str, unit: str, change: Change, shows: str) -> None:
+    mutant = programs.mutant(name, [unit], [change])
+    checked = programs.run(mutant, "check", expected(programs, name))
+    assert checked.returncode == 1, f"passed under every schedule\n{checked.stderr}"
+    assert shows in checked.stdout, checked.stdout
+
+
+@pytest.mark.parametrize("name", ["gemm", "scan"])
+def test_same_bits_under_every_schedule(programs, name):
+    checked = programs.run(programs.build(name), "check", expected(programs, name))
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize("what", GEMM)
+def test_mutant_of_a_product_fails(programs, what):
+    file, old, new, shows = GEMM[what]
+    fails(programs, "gemm", file, Change(file, old, new or "(void)0;"), shows)
+
+
+@pytest.mark.parametrize("what", SCAN)
+def test_mutant_of_the_scan_fails(programs, what):
+    file, unit, old, new, shows = SCAN[what]
+    fails(programs, "scan", unit, Change(file, old, new or "(void)0;"), shows)
+
+
+def test_sanitized(programs):
+    checked = programs.run(programs.build("gemm", sanitized=True), "check", expected(programs, "gemm"))
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize("what", BOUNDS)
+def test_missing_bounds_check_is_seen_by_the_sanitizer(programs, what):
+    mutant = programs.mutant("gemm", [SM80], [Change(SM80, *BOUNDS[what])], sanitized=True)
+    checked = programs.run(mutant, "check", expected(programs, "gemm"))
+    assert checked.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in checked.stderr, checked.stdout + checked.stderr
