@@ -10,42 +10,49 @@ from emulated_programs import COMPILER, Change, Programs
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulation is built with g++, and there is none")
 
 SM80, SM90 = "tests/gemm_sm80.cu", "tests/gemm_sm90.cu"
-WRONG = "wrong result"
-GEMM = {  # file, what it says, what it should not say, how it shows
-    "barrier": (SM80, "__syncthreads();", "", WRONG),
-    "wait_copies": (SM80, "wait_copies<kStages - 2>();", "", WRONG),
-    "shallow wait_copies": (SM80, "wait_copies<kStages - 2>();", "wait_copies<kStages - 1>();", WRONG),
-    "parity": (SM90, "step / kStages % 2 ^ 1", "step / kStages % 2", "nothing can go on"),
+EMPTY, FULL = "barrier_wait(&shared.empty[stage], step / kStages % 2 ^ 1);", "step / kStages % 2);"
+ARRIVAL = "if (threadIdx.x == 128) barrier_arrive(&shared.empty[stage]);"
+DESCRIPTOR, RELEASE = "box_descriptor<kA>(shared.a[stage], ", "release_registers<40>();"
+GEMM = {  # the line, what stands there instead, and what the failure says
+    "barrier": (SM80, "__syncthreads();", "", "wrong result"),
+    "wait_copies": (SM80, "wait_copies<kStages - 2>();", "", "wrong result"),
+    "shallow wait_copies": (SM80, "wait_copies<kStages - 2>", "wait_copies<kStages - 1>", "wrong result"),
+    "parity": (SM90, "% 2 ^ 1);", "% 2);", "nothing can go on"),
     "barrier after init": (SM90, "__syncthreads();", "", "nobody has initialised"),
     "fence of the inits": (SM90, "fence_barrier_init();", "", "without fence_barrier_init"),
     "expected bytes": (SM90, "(1 + kN / kBox) * kBoxBytes", "kN / kBox * kBoxBytes", ""),
-    "wait for a load": (SM90, "barrier_wait(&shared.full[stage], step / kStages % 2);", "", ""),
-    "wait for a free stage": (SM90, "barrier_wait(&shared.empty[stage], step / kStages % 2 ^ 1);", "", ""),
-    "arrival": (SM90, "if (threadIdx.x == 128) barrier_arrive(&shared.empty[stage]);", "", "lacks 1 arrivals"),
+    "wait for a load": (SM90, "barrier_wait(&shared.full[stage], " + FULL, "", ""),
+    "wait for a free stage": (SM90, EMPTY, "", ""),
+    "arrival": (SM90, ARRIVAL, "", "lacks 1 arrivals"),
     "fence_accumulators": (SM90, "fence_accumulators();", "", "wgmma without fence_accumulators"),
     "commit_products": (SM90, "commit_products();", "", "ended before wait_products"),
     "wait_products": (SM90, "wait_products<0>();", "", "ended before wait_products"),
     "fence before a store": (SM90, "fence_async_shared();", "", "without fence_async_shared"),
     "barrier before a store": (SM90, "named_barrier(1, 128);", "", ""),
     "wait_stores_read": (SM90, "wait_stores_read<0>();", "", "before wait_stores_read"),
-    "step of a descriptor": (SM90, "box_descriptor<kA>(shared.a[stage], k)", "box_descriptor<kA>(shared.a[stage], 0)", WRONG),
-    "one warp gives registers": (SM90, "release_registers<40>();", "if (threadIdx.x < 32) release_registers<40>();", "not all warps"),
-}  # fmt: skip
+    "step of a descriptor": (SM90, DESCRIPTOR + "k)", DESCRIPTOR + "0)", "wrong result"),
+    "registers of one warp": (SM90, RELEASE, "if (threadIdx.x < 32) " + RELEASE, "not all warps"),
+}
 
-SLAB, PIPELINE, TILES = "include/ttt/gemm_sm80.cuh", "kernels/scan/sm90_pipeline.cuh", "kernels/scan/sm90_tiles.cuh"
-SM80_UNIT, SM90_UNIT = "kernels/scan/forward_step.cu", "kernels/scan/sm90_forward_step.cu"
+# The file that is changed, and the one that is compiled anew.
+APPLY_80, APPLY_90 = "kernels/scan/forward_step.cu", "kernels/scan/sm90_forward_step.cu"
+SLAB = ("include/ttt/gemm_sm80.cuh", APPLY_80)
+PIPELINE, TILES = ("kernels/scan/sm90_pipeline.cuh", APPLY_90), ("kernels/scan/sm90_tiles.cuh", APPLY_90)
+SLAB_WAIT = "wait_copies<kStages - 2>();\n"
+FREE = "barrier_wait(&storage.empty[at.stage], at.phase ^ 1);"
+LOADED = "barrier_wait(&storage.full[at.stage], at.phase"
 SCAN = {
-    "wait_copies": (SLAB, SM80_UNIT, "wait_copies<kStages - 2>();", "", ""),
-    "barrier": (SLAB, SM80_UNIT, "wait_copies<kStages - 2>();\n    __syncthreads();", "wait_copies<kStages - 2>();", ""),
-    "barrier before the row scale is read": (SM80_UNIT, SM80_UNIT, "__syncthreads();", "", WRONG),
-    "wait for a free stage": (PIPELINE, SM90_UNIT, "barrier_wait(&storage.empty[at.stage], at.phase ^ 1);", "", ""),
-    "parity": (PIPELINE, SM90_UNIT, "barrier_wait(&storage.full[at.stage], at.phase);", "barrier_wait(&storage.full[at.stage], at.phase ^ 1);", ""),
-    "wait_products of the step before": (PIPELINE, SM90_UNIT, "wait_products<1>();", "", WRONG),
-    "fence of cleared rows": (PIPELINE, SM90_UNIT, "fence_async_shared();", "", "without fence_async_shared"),
-    "barrier of cleared rows": (PIPELINE, SM90_UNIT, "named_barrier(kAllConsumers, kConsumers);", "", ""),
-    "wait_stores_read": (TILES, SM90_UNIT, "if (consumer.thread == 0) wait_stores_read<1>();", "", ""),
-    "fence before a store": (TILES, SM90_UNIT, "fence_async_shared();", "", "without fence_async_shared"),
-}  # fmt: skip
+    "wait_copies": (SLAB, SLAB_WAIT, "", ""),
+    "barrier": (SLAB, SLAB_WAIT + "    __syncthreads();", SLAB_WAIT, ""),
+    "barrier before the scale is read": ((APPLY_80, APPLY_80), "__syncthreads();", "", "wrong result"),
+    "wait for a free stage": (PIPELINE, FREE, "", ""),
+    "parity": (PIPELINE, LOADED + ");", LOADED + " ^ 1);", ""),
+    "wait_products of the step before": (PIPELINE, "wait_products<1>();", "", "wrong result"),
+    "fence of cleared rows": (PIPELINE, "fence_async_shared();", "", "without fence_async_shared"),
+    "barrier of cleared rows": (PIPELINE, "named_barrier(kAllConsumers, kConsumers);", "", ""),
+    "wait_stores_read": (TILES, "wait_stores_read<1>();", "", ""),
+    "fence before a store": (TILES, "fence_async_shared();", "", "without fence_async_shared"),
+}
 
 # Under AddressSanitizer: reads and writes beyond the tensors.
 BOUNDS = {
@@ -89,7 +96,7 @@ def test_mutant_of_a_product_fails(programs, what):
 
 @pytest.mark.parametrize("what", SCAN)
 def test_mutant_of_the_scan_fails(programs, what):
-    file, unit, old, new, shows = SCAN[what]
+    (file, unit), old, new, shows = SCAN[what]
     fails(programs, "scan", unit, Change(file, old, new or "(void)0;"), shows)
 
 
@@ -103,4 +110,4 @@ def test_missing_bounds_check_is_seen_by_the_sanitizer(programs, what):
     mutant = programs.mutant("gemm", [SM80], [Change(SM80, *BOUNDS[what])], sanitized=True)
     checked = programs.run(mutant, "check", expected(programs, "gemm"))
     assert checked.returncode != 0
-    assert "AddressSanitizer: heap-buffer-overflow" in checked.stderr, checked.stdout + checked.stderr
+    assert "AddressSanitizer" in checked.stderr and "gemm_kernel" in checked.stderr, checked.stdout

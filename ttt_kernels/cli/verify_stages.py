@@ -71,7 +71,7 @@ def machine_phase() -> Phase:
 
 def phases(place: Place) -> list[Phase]:
     """After the machine is known. The times of a phase: at most, and what is kept for it."""
-    checks = [*parity(place), *tests(place), *sanitizers(place)]
+    checks = [*tests(place), *parity(place), *sanitizers(place)]
     jobs = min(16, int(place.machine.get("cores", 1)))
     info = Stage("info", module("ttt_kernels", "info"), 40)
     if place.gpu:
@@ -139,10 +139,11 @@ def tests(place: Place) -> list[Stage]:
         marker, shows = chosen
         command = pytest_command(place, *marker, path)
         needs = "build" if place.gpu and "cuda" in name.split("_") else None
+        limit = 240 if place.gpu else 400  # cold caches and few cores
         stages.append(
-            Stage(f"tests/{path.stem}", command, 240, ONE_THREAD, needs, without, tests=True, shows=shows)
+            Stage(f"tests/{path.stem}", command, limit, ONE_THREAD, needs, without, tests=True, shows=shows)
         )
-    return stages
+    return sorted(stages, key=lambda stage: "_compile" not in stage.name)  # the longest first
 
 
 def tests_on_gpu(name: str, text: str) -> tuple[tuple[str, ...], Shows] | None:

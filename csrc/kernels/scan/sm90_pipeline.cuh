@@ -11,10 +11,10 @@
 //                of 64 x 256 x 16 each. The products of one stage run while those of the next are issued; a
 //                stage is handed back once the products that read it are done.
 //
-// A tile of 128 x 256 takes 48 KB for 4.2 MFLOP, 85 FLOP a byte: what L2 gives a multiprocessor (64 B a
-// cycle) then suffices for 5.4 of the 4.1 kFLOP a cycle that wgmma does; 128 x 128 would reach 4.1, with no
-// margin. A wgmma reads 2 + 8 KB of shared memory in its 128 cycles, 80 of them at full rate, and the loads
-// take 48: nearly all there is, which is why B is shared by 256 columns and A by one warpgroup only.
+// A stage is 48 KB for 4.2 MFLOP, 85 a byte: at the 64 bytes a cycle of a multiprocessor's port L2 feeds 5.4
+// kFLOP a cycle, of which wgmma does 4.1; 128 x 128 would be fed 4.1, with nothing to spare. A wgmma reads
+// 2 + 8 KB of shared memory in its 128 cycles, 80 of them at full rate, and the loads take 48: nearly all
+// there is, which is why B spans as many columns as a wgmma can take.
 //
 // Every operand moves in 64 x 64 boxes and one tensor map serves it both ways: as rows along K (kK), or with
 // rows that are K (kMN). K over tokens ends where the block ends: what TMA loads beyond belongs to others
