@@ -21,9 +21,10 @@ from source_tree import ROOT
 SOURCES = ROOT / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("g++")
 FLAGS = (
-    "-std=c++17 -O1 -fPIC -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi -Wno-unused -DTTT_WITH_SM90"
+    "-std=c++17 -O1 -ffp-contract=off -fPIC -DTTT_WITH_SM90 "
+    "-Wall -Wextra -Wno-unknown-pragmas -Wno-psabi -Wno-unused"
 ).split()
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZERS = ["-fsanitize=address"]
 EMULATION = sorted(path for path in (SOURCES / "emulation").glob("*.cpp") if path.stem != "device")
 PROGRAMS = {
     "gemm": [SOURCES / "tests" / name for name in ("gemm_sm80.cu", "gemm_sm90.cu", "gemm_problem.cpp")],
@@ -54,6 +55,7 @@ class Programs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        folder.mkdir(exist_ok=True)
 
     def run(self, program: Path, mode: str, file: Path) -> subprocess.CompletedProcess:
         """`mode` write: one schedule, the outputs into `file`; check: all of them, the same bits?"""

@@ -19,7 +19,7 @@ TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory) -> Programs:
-    return Programs(tmp_path_factory.mktemp("emulation"))
+    return Programs(tmp_path_factory.getbasetemp() / "emulated_programs")
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +193,8 @@ def test_conversions(library, name):
     for x in inputs:
         x = np.ascontiguousarray(x)
         rounded, back = np.zeros(1 << 16, np.uint16), np.zeros(1 << 16, np.float32)
-        library.convert_of(
-            ctypes.c_bool(name == "bfloat16"), *map(pointer, (x, rounded, back)), ctypes.c_int64(x.size)
-        )
+        of = [pointer(array) for array in (x, rounded, back)]
+        passed(library, library.convert_of(ctypes.c_bool(name == "bfloat16"), *of))
         np.testing.assert_array_equal(back, exact)  # NaN equals NaN here
         expected = torch.from_numpy(x).to(TYPES[name])
         ours = torch.from_numpy(rounded.view(np.int16)).view(TYPES[name])

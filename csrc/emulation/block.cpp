@@ -26,9 +26,9 @@ std::string text_of(uint3 x) {
 
 std::string describe_barrier(const Wait& wait) {
   const auto& barrier = *static_cast<const NamedBarrier*>(wait.object);
-  const std::string name = wait.detail == 0 ? "__syncthreads" : "named_barrier " + std::to_string(wait.detail);
-  return join({name, ", where ", std::to_string(barrier.arrived), " of ", std::to_string(barrier.expected),
-               " threads are"});
+  const bool named = wait.detail != 0;
+  return join({named ? "named_barrier " + std::to_string(wait.detail) : "__syncthreads", ", where ",
+               std::to_string(barrier.arrived), " of ", std::to_string(barrier.expected), " threads are"});
 }
 
 std::string describe_meeting(const Wait& wait) {
@@ -245,7 +245,7 @@ void Block::check_end() {
   }
   for (const Thread& thread : threads_) {
     if (thread.registers != threads_[thread.index / 128 * 128].registers) {
-      error = join({"block ", text_of(index_), ": not all warps of a warpgroup changed their registers alike"});
+      error = join({"block ", text_of(index_), ": not all warps of a warpgroup change registers alike"});
     }
   }
 }
@@ -255,10 +255,9 @@ std::string Block::deadlock() const {
   for (std::size_t i = 0; i < threads_.size();) {
     const Thread& thread = threads_[i];
     std::size_t end = i + 1;
-    const auto alike = [&](const Thread& other) {
-      const bool both_wait = !thread.done && !other.done;
-      return other.done == thread.done &&
-             (!both_wait || (other.wait.object == thread.wait.object && other.wait.detail == thread.wait.detail));
+    const auto alike = [&thread](const Thread& other) {
+      if (thread.done || other.done) return thread.done == other.done;
+      return other.wait.object == thread.wait.object && other.wait.detail == thread.wait.detail;
     };
     while (end < threads_.size() && alike(threads_[end])) ++end;
     text += join({i == 0 ? " " : "; ", "threads ", std::to_string(i), " to ", std::to_string(end - 1)});
@@ -302,7 +301,8 @@ void* shared_memory(std::size_t bytes) {
 }
 
 std::uint32_t shared_offset(const void* pointer) {
-  const auto offset = reinterpret_cast<std::uintptr_t>(pointer) - reinterpret_cast<std::uintptr_t>(block->shared);
+  const auto first = reinterpret_cast<std::uintptr_t>(block->shared);
+  const auto offset = reinterpret_cast<std::uintptr_t>(pointer) - first;
   if (offset > block->shared_size) fail("the shared address of what is not in shared memory");
   return kSharedStart + static_cast<std::uint32_t>(offset);
 }

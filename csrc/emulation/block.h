@@ -83,7 +83,7 @@ struct Meeting {
 
 struct Warp {
   std::uint32_t ready = 0;
-  std::array<Meeting, 33> meetings = {};  // of different masks, 0 where there is none; a lane is in one at most
+  std::array<Meeting, 33> meetings = {};  // of different masks, 0 where there is none
 };
 
 struct NamedBarrier {

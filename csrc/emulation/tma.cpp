@@ -30,7 +30,8 @@ void for_each_piece(const Tensor& tensor, BoxIndex index, const Move& move) {
   for (int row = 0; row < kRows; ++row) {
     const std::int64_t tensor_row = std::int64_t{index.row} + row;
     if (tensor_row < 0 || tensor_row >= tensor.rows) continue;
-    unsigned char* from = tensor.base + 2 * (index.plane * tensor.plane_stride + tensor_row * tensor.row_stride);
+    const std::int64_t offset = index.plane * tensor.plane_stride + tensor_row * tensor.row_stride;
+    unsigned char* from = tensor.base + 2 * offset;
     for (int piece = 0; piece < kRowBytes / kPiece; ++piece) {
       const std::int64_t column = std::int64_t{index.column} + 8 * piece;
       const std::int64_t first = std::max<std::int64_t>(column, 0);
@@ -44,7 +45,7 @@ void for_each_piece(const Tensor& tensor, BoxIndex index, const Move& move) {
 
 void check_tensor(const Tensor& tensor, Site site) {
   if (tensor.magic != kTensorMagic) fail("this is no tensor map", site);
-  if (reinterpret_cast<std::uintptr_t>(&tensor) % 64 != 0) fail("a tensor map has to be aligned to 64 bytes", site);
+  if (reinterpret_cast<std::uintptr_t>(&tensor) % 64 != 0) fail("a tensor map is aligned to 64 bytes", site);
 }
 
 bool published(const unsigned char* at, std::size_t bytes) {
@@ -142,7 +143,9 @@ void load_box(void* into, const Tensor& tensor, BoxIndex index, void* barrier, S
   if (!phases.fenced) fail("load_box at an mbarrier without fence_barrier_init", site);
   if (!published(to, kBytes)) fail("load_box over ordinary stores without fence_async_shared", site);
   for (const BoxLoad& load : block->loads) {
-    if (load.to < to + kBytes && to < load.to + kBytes) fail(join({"load_box over a load that is under way", at(load.site)}), site);
+    if (load.to < to + kBytes && to < load.to + kBytes) {
+      fail(join({"load_box over a load that is under way", at(load.site)}), site);
+    }
   }
   if (block->store_reads(to, kBytes)) fail("load_box over what a store may still read", site);
   std::memset(to, kPoison, kBytes);  // it may be written from now on
@@ -231,8 +234,9 @@ void change_registers(int registers, bool acquire, Site site) {
   Thread& thread = block->current();
   // What the compiler gave the kernel is not known here: as much as fits, so that this may change nothing.
   const int change = registers - thread.registers, more = acquire ? std::max(change, 0) : std::min(change, 0);
+  const auto wanted = static_cast<std::uint32_t>(registers);
   while (block->registers_left < more) {
-    block->block_on({Wait::kRegisters, block, static_cast<std::uint32_t>(registers), describe_registers, site});
+    block->block_on({Wait::kRegisters, block, wanted, describe_registers, site});
   }
   block->registers_left -= more;
   thread.registers += more;

@@ -131,7 +131,8 @@ void load_matrices(std::uint32_t (&r)[4], const void* row, bool transposed, Site
 void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1,
                   bool is_bfloat16, Site site) {
   Fragments mine = {c, a, {b0, b1}};
-  meet("mma.sync", 0xffffffffu, &mine, is_bfloat16 ? multiply_lanes<true> : multiply_lanes<false>, true, site);
+  const Action multiply = is_bfloat16 ? multiply_lanes<true> : multiply_lanes<false>;
+  meet("mma.sync", 0xffffffffu, &mine, multiply, true, site);
 }
 
 }  // namespace ttt::emulation

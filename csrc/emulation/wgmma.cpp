@@ -151,7 +151,7 @@ void begin_lanes(void* const* lanes, unsigned) {
   Accumulators& accumulators = *product.accumulators;
   if (!same(product, call) || accumulators.n != call.shape.n ||
       (chained != group.pending.end() && *chained != product.accumulators)) {
-    fail(join({"the warps of a warpgroup do not begin the same product: another began that", at(product.site)}),
+    fail(join({"the warps of a warpgroup have to begin the same product, another began that", at(product.site)}),
          call.site);
   }
   if (accumulators.last[warp] < 0) {
@@ -240,11 +240,9 @@ void wait_products(int pending, Site site) {
   const auto& groups = group.groups[thread.index / 32 % 4];
   const int count = static_cast<int>(groups.size()) - pending;
   int limit = count > 0 ? groups[count - 1] : 0;
-  const auto needed = [&] {
-    return limit > 0 && group.products[limit - 1].begun != 0xf;
-  };
-  while (needed()) {
-    block->block_on({Wait::kProducts, &group, static_cast<std::uint32_t>(limit - 1), describe_products, site});
+  const auto last = static_cast<std::uint32_t>(limit - 1);
+  while (limit > 0 && group.products[last].begun != 0xf) {
+    block->block_on({Wait::kProducts, &group, last, describe_products, site});
   }
   meet("wait_products", 0xffffffffu, &limit, end_lanes, true, site);
   thread.accumulators_fenced = false;

@@ -50,6 +50,16 @@ __global__ void lanes_kernel(const int* x, int* into) {
   row[7] = static_cast<int>(sum_lanes<32>(static_cast<float>(mine)));
 }
 
+template <class T>
+__global__ void convert_kernel(const float* from, std::uint16_t* into, float* back) {
+  const auto i = static_cast<std::uint16_t>(blockIdx.x * blockDim.x + threadIdx.x);
+  const T rounded = from_float<T>(from[i]);
+  T pattern;
+  memcpy(&into[i], &rounded, sizeof(T));
+  memcpy(&pattern, &i, sizeof(T));
+  back[i] = to_float(pattern);
+}
+
 struct Box {
   alignas(1024) unsigned char at[2 * kBoxBytes];  // the second for operands of 128 columns
   Barrier barrier;
@@ -115,7 +125,7 @@ __global__ void fault_kernel(const __grid_constant__ TensorMap map, Fault fault,
   switch (fault) {
     case kMissingThreads: if (thread >= 64) __syncthreads(); break;
     case kMisalignedCopy: copy_async_16(shared.at + 8, from, true); break;
-    case kCopyOutside: copy_async_16(shared.at + 4 * kBoxBytes, from, true); break;
+    case kCopyOutside: copy_async_16(shared.at + fault * kBoxBytes, from, true); break;
     case kDivergent:
       if (thread % 32 < 16) load_matrices(r, shared.at);
       else load_matrices_transposed(r, shared.at);
@@ -153,8 +163,8 @@ extern "C" int matrices_of(const std::uint16_t* from, bool transposed, std::uint
 }
 
 extern "C" int product_of(bool is_bfloat16, const std::uint32_t* a, const std::uint32_t* b, float* c) {
-  return ttt::launch(is_bfloat16 ? product_kernel<ttt::bfloat16> : product_kernel<ttt::float16>, 1, 32, 0, nullptr,
-                     a, b, c);
+  const auto kernel = is_bfloat16 ? product_kernel<ttt::bfloat16> : product_kernel<ttt::float16>;
+  return ttt::launch(kernel, 1, 32, 0, nullptr, a, b, c);
 }
 
 extern "C" int lanes_of(const int* x, int* into) { return ttt::launch(lanes_kernel, 1, 32, 0, nullptr, x, into); }
@@ -179,15 +189,8 @@ extern "C" int fault_of(int fault, int threads, void* memory) {
                      static_cast<const unsigned char*>(memory));
 }
 
-extern "C" void convert_of(bool is_bfloat16, const float* from, std::uint16_t* into, float* back,
-                           std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    if (is_bfloat16) {
-      into[i] = __bfloat16_as_ushort(ttt::from_float<ttt::bfloat16>(from[i]));
-      back[i] = ttt::to_float(__ushort_as_bfloat16(static_cast<std::uint16_t>(i)));
-    } else {
-      into[i] = __half_as_ushort(ttt::from_float<ttt::float16>(from[i]));
-      back[i] = ttt::to_float(__ushort_as_half(static_cast<std::uint16_t>(i)));
-    }
-  }
+// Of every number its 16 bits, and of every 16 bits their number.
+extern "C" int convert_of(bool is_bfloat16, const float* from, std::uint16_t* into, float* back) {
+  const auto kernel = is_bfloat16 ? convert_kernel<ttt::bfloat16> : convert_kernel<ttt::float16>;
+  return ttt::launch(kernel, 64, 1024, 0, nullptr, from, into, back);
 }

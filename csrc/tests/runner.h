@@ -2,7 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
+#include <cstring>
+#include <new>
 #include <random>
 #include <string>
 #include <vector>
@@ -12,8 +13,9 @@ namespace ttt::tests {
 // Device memory of exactly its size: AddressSanitizer sees what lies beyond.
 class Buffer {
  public:
-  explicit Buffer(std::size_t bytes, int fill = 0xff) : bytes_(bytes), at_(new (std::align_val_t{16}) unsigned char[bytes]) {
-    for (std::size_t i = 0; i < bytes; ++i) at_[i] = static_cast<unsigned char>(fill);
+  explicit Buffer(std::size_t bytes, int fill = 0xff)
+      : bytes_(bytes), at_(new (std::align_val_t{16}) unsigned char[bytes]) {
+    std::memset(at_, fill, bytes);
   }
   ~Buffer() { ::operator delete[](at_, std::align_val_t{16}); }
   Buffer(const Buffer&) = delete;

@@ -153,4 +153,5 @@ def run_once(call: Callable[..., Tensor | tuple], operands: Operands, mode: str)
         return result if isinstance(result, tuple) else (result,)
     leaves = [t.detach().requires_grad_() for t in operands.leaves]
     result = call(*leaves, **operands.options)
-    return (result.detach(), *torch.autograd.grad(result, leaves, operands.dy.to(result.dtype)))
+    dy = operands.dy.to(result.dtype)  # a leaf that no result needs (v, without a write) has the gradient 0
+    return (result.detach(), *torch.autograd.grad(result, leaves, dy, materialize_grads=True))

@@ -32,8 +32,9 @@ _asked: dict[str, int | None] = {"path": None}
 
 @contextmanager
 def use_path(path: int) -> Iterator[None]:
-    """Make the scan take the kernels of Ampere (80) or Hopper (90) in this process for a while: for benchmarks,
-    and for tests of both where one device runs both. No context variable: backwards run in autograd's threads."""
+    """Make the scan take the kernels of Ampere (80) or Hopper (90) in this process for a while: for
+    benchmarks, and for tests of both where one device runs both. No context variable: backwards run in
+    autograd's threads."""
     if path not in (SM80, SM90):
         raise ValueError(f"path must be {SM80} or {SM90}, got {path!r}")
     before, _asked["path"] = _asked["path"], path

@@ -72,7 +72,7 @@ def results(scan, inputs: ScanInputs, step_size, dtype: torch.dtype) -> Results:
         names.append("step_size")
     y, state = scan(*leaves[:3], step_size)
     loss = (y * inputs.dy.to(y.dtype)).sum() + state.square().mean()
-    grads = torch.autograd.grad(loss, leaves)
+    grads = torch.autograd.grad(loss, leaves, materialize_grads=True)  # without a write, v has none
     named = {"d" + n: g for n, g in zip(names, grads, strict=True)}
     return {"y": y.detach(), "state": state.detach(), **named}
 

@@ -67,12 +67,14 @@ using TensorMap = CUtensorMap;
 inline cudaError_t make_tensor_map(TensorMap* map, const void* base, bool is_bfloat16, std::int64_t planes,
                                    std::int64_t rows, std::int64_t columns, std::int64_t plane_stride,
                                    std::int64_t row_stride) {
-  void* entry = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-  if (error != cudaSuccess) return error;
-  if (found != cudaDriverEntryPointSuccess) return cudaErrorInsufficientDriver;
+  static void* entry = nullptr;  // of the driver, looked up once
+  if (entry == nullptr) {
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+    if (error != cudaSuccess) return error;
+    if (found != cudaDriverEntryPointSuccess) return cudaErrorInsufficientDriver;
+  }
   const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
                                static_cast<cuuint64_t>(planes)};
   const cuuint64_t strides[2] = {static_cast<cuuint64_t>(row_stride) * 2,
