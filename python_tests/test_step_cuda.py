@@ -120,21 +120,24 @@ def test_slots_that_nobody_checked():
 
 
 def test_views():
-    """Rows of a larger pool, transposed weights, sliced keys."""
+    """Rows of a larger pool, transposed weights, weights that do not begin at 16 bytes, sliced keys."""
     x = operands(3)
     y = apply(x)
     wide = torch.zeros(3, D, 2 * F, device=DEVICE)
     wide[..., :F] = x["weight"]
+    odd = torch.empty(x["weight"].numel() + 1, device=DEVICE)[1:].view_as(x["weight"]).copy_(x["weight"])
+    assert odd.is_contiguous() and odd.data_ptr() % 16
     views = {
         "rows": {**x, "weight": wide[..., :F]},
         "transposed": {**x, "weight": x["weight"].mT.contiguous().mT},
+        "misaligned": {**x, "weight": odd},
         "keys": {**x, "z": x["z"].mT.contiguous().mT},
     }
     for view in views.values():
         assert torch.equal(apply(view), y)
     want = x["weight"].clone()
     ttt.fast_weight_update_(want, x["z"], x["v"], step_size=0.3, impl="cuda")
-    for name in ("rows", "transposed"):
+    for name in ("rows", "transposed", "misaligned"):
         pool = views[name]["weight"]
         ttt.fast_weight_update_(pool, x["z"], x["v"], step_size=0.3, impl="cuda")
         assert torch.equal(pool, want)

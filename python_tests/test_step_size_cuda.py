@@ -82,6 +82,16 @@ def test_zero_target(op):
     compare(op, call)
 
 
+@pytest.mark.parametrize("name", ["z", "v"])
+def test_nan_stays_in_its_chunk(op, name):
+    """And is NaN there: a floor or a clip that swallowed it would give a finite step."""
+    call = make(op, 1, 13)
+    clean = call()
+    call.tensors[name][:, 6, 3] = float("nan")
+    got, hit = call(), torch.tensor([[False, True, False, False]], device=DEVICE)
+    assert torch.equal(got.isnan(), hit) and torch.equal(got[~hit], clean[~hit])
+
+
 @pytest.mark.sanitize
 def test_schedules_give_the_same_bits(op, schedule):  # noqa: F811
     call = make(op, 1, 67, chunk=33, d=40, f=136)

@@ -86,6 +86,8 @@ PYBIND11_MODULE(TTT_MODULE, m) {
         "compiled `image` it loads (such as 'sm_90a', or None) and the `error` that kept it from\n"
         "loading one. A missing driver is a reason, not an exception. Creates a CUDA context on\n"
         "every device.");
+  m.def("describe_device", &describe_device, py::arg("index"),
+        "The entry of one device in device_query()['devices']; no other gets a CUDA context.");
   m.attr("emulated") = bool{TTT_EMULATED};
 #if TTT_EMULATED
   m.def("set_schedule", &ttt::emulation::set_schedule, py::arg("order"), py::arg("timing"),

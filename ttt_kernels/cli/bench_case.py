@@ -84,12 +84,15 @@ class Operands:
         return sum(t.nbytes for t in (*self.leaves, self.dy))
 
 
+MOST_COPIES = 64  # as in bench_worker: enough for one weight of a released model in any cache so far
+
+
 class Ring:
-    """Operands and as many copies as together exceed a cache of `cache` bytes, taken in turn: a call
-    finds its inputs in memory, as the layers of a model do, and not in the cache."""
+    """Operands and as many copies as together exceed a cache of `cache` bytes, at most MOST_COPIES, taken
+    in turn: a call finds its inputs in memory, as the layers of a model do, and not in the cache."""
 
     def __init__(self, operands: Operands, cache: int) -> None:
-        copies = ceil_div(cache, operands.nbytes)
+        copies = min(ceil_div(cache, operands.nbytes), MOST_COPIES)
         self.copies = [operands, *(operands.clone() for _ in range(copies))]
         self._turns = itertools.cycle(self.copies)
 
@@ -153,5 +156,7 @@ def run_once(call: Callable[..., Tensor | tuple], operands: Operands, mode: str)
         return result if isinstance(result, tuple) else (result,)
     leaves = [t.detach().requires_grad_() for t in operands.leaves]
     result = call(*leaves, **operands.options)
-    dy = operands.dy.to(result.dtype)  # a leaf that no result needs (v, without a write) has the gradient 0
+    if not result.requires_grad:  # the step sizes of chunks that are not full are constants
+        return (result, *map(torch.zeros_like, leaves))
+    dy = operands.dy.to(result.dtype)  # a leaf that the result does not need has the gradient 0
     return (result.detach(), *torch.autograd.grad(result, leaves, dy, materialize_grads=True))

@@ -14,6 +14,7 @@ from ttt_kernels.cli import (
     bench_models,
     bench_models_suite,
     bench_report,
+    verify_tree,
 )
 from ttt_kernels.cli.arguments import positive_int
 from ttt_kernels.cli.bench import Results, measure_cases
@@ -107,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
     console = require("rich.console", "bench").Console(stderr=True)
     if args.plot:
         require("matplotlib", "bench")
+    check_files(args)
     suite = make_suite(args)
     args.device = args.device or "cpu"
     device = check_device(args.device)
@@ -130,6 +132,13 @@ def run(args: argparse.Namespace) -> int:
     if not results.rows and not results.refused:
         raise UserError("nothing was measured: every combination was skipped, for the reasons above")
     return 1 if results.refused else 0
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Before anything is measured: minutes of work are not lost to a mistyped folder."""
+    for name, path in (("output", args.output), ("plot", args.plot)):
+        if path is not None and (path.is_dir() or not verify_tree.writable(path.parent)):
+            raise UserError(f"--{name} must be a file in a folder that can be written into, got {path}")
 
 
 def make_suite(args: argparse.Namespace) -> Suite | None:

@@ -90,6 +90,8 @@ class Side:
                 return as_tuple(self.call(op, impl, data["leaves"], data["options"]))
         leaves = [t.detach().requires_grad_() for t in data["leaves"]]
         results = as_tuple(self.call(op, impl, leaves, data["options"]))
+        if not any(r.requires_grad for r in results):  # constants
+            return (*results, *map(torch.zeros_like, leaves))
         grads = [g.to(r.dtype) for g, r in zip(grads, results, strict=True)]
         found = torch.autograd.grad(results, leaves, grads, materialize_grads=True)
         return (*(r.detach() for r in results), *found)

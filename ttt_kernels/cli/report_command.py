@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from ttt_kernels.cli import report_pictures, report_predictions, report_tables
+from ttt_kernels.cli import report_pictures, report_predictions, report_tables, verify_tree
 from ttt_kernels.cli.arguments import positive_int
 from ttt_kernels.cli.documents import fill
 from ttt_kernels.cli.errors import UserError, require
 from ttt_kernels.cli.report_records import Entry, newest, read
+from ttt_kernels.testing import cuda_launches
+from ttt_kernels.testing.cuda_compiled import CudaReport
 
 RESULTS, DOCUMENT, IMAGES = "benchmarks/results", "docs/benchmarks.md", "images"
 
@@ -45,9 +47,14 @@ def run(args: argparse.Namespace) -> int:
     if not args.document.is_file():
         raise UserError(f"--document must name an existing document, got {args.document}")
     images = args.images or args.document.parent / IMAGES
+    if not verify_tree.writable(images):
+        raise UserError(f"--images must be a folder that can be written into, got {images}")
     if args.predict:
-        for path in predictions(args.results, args.processes):
+        kernels, missing_kernels = cuda_kernels()
+        for path in predictions(args.results, args.processes, kernels):
             console.print(f"wrote {path}", highlight=False)
+        if missing_kernels:
+            console.print(f"cuda is not predicted: {missing_kernels}", style="yellow", highlight=False)
     entries = newest(read(args.results))
     text = args.document.read_text(encoding="utf-8")
     link = os.path.relpath(images, args.document.parent)
@@ -64,12 +71,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def predictions(results: Path, processes: int) -> list[Path]:
+def cuda_kernels() -> tuple[dict[int, list[CudaReport]], str | None]:
+    """Those of the installed library by architecture, and what is missing."""
+    try:
+        found = cuda_launches.read_kernels()
+    except RuntimeError as error:
+        return {}, str(error)
+    lacking = [image for architecture, image in cuda_launches.IMAGES.items() if architecture not in found]
+    return found, f"the library has no image {', '.join(lacking)}" if lacking else None
+
+
+def predictions(results: Path, processes: int, kernels: dict[int, list[CudaReport]]) -> list[Path]:
     if find_spec("triton") is None:
         raise UserError("--predict compiles with triton, which is not installed: "
                         "pip install 'ttt_kernels[triton]'")  # fmt: skip
     try:
-        return report_predictions.write(results, processes)
+        return report_predictions.write(results, processes, kernels)
     except RuntimeError as error:
         raise UserError(str(error)) from None
 

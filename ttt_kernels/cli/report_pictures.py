@@ -130,7 +130,8 @@ def draw_time(axis, panel: Panel) -> None:
     scans = [e for e in panel if e["impl"] != "plain"]
     floor = dict(sorted((e["chunk_size"], e["milliseconds"] * e["gemm_share"]) for e in scans))
     axis.plot(list(floor), list(floor.values()), "k:", linewidth=1)
-    axis.set_ylabel("time per call (ms), median, p20 - p80")
+    measured = any(not e.predicted for e in panel)
+    axis.set_ylabel("time per call (ms)" + (", median, p20 - p80" if measured else ", predicted"))
     axis.set_xlabel("chunk size C (tokens)")
     powers_of_two(axis, {e["chunk_size"] for e in panel})
     log_axis(axis, [e["milliseconds"] for e in panel])

@@ -1,14 +1,15 @@
 """Predicted times of the benchmark's GPU rows, as JSON lines that a report puts beside measurements.
 
 A row is predicted from what it launches: Triton kernels, compiled ahead of time for the machine's
-architecture and read, and calls of torch (`testing.kernel_survey`). A row without an entry in `LAUNCHES` is
-not predicted, nor one that would not fit into the machine's memory.
+architecture and read (`testing.kernel_survey`), CUDA C++ kernels as the installed library has them
+(`testing.cuda_launches`), and calls of torch. A row without an entry in `LAUNCHES` is not predicted, nor one
+that would not fit into the machine's memory.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,8 @@ from ttt_kernels.cli.bench import MEMORY_SHARE
 from ttt_kernels.cli.bench_case import Case
 from ttt_kernels.cli.bench_registry import OPERATIONS
 from ttt_kernels.cli.bench_suites import SUITES, SWEEPS
-from ttt_kernels.testing import kernel_survey
+from ttt_kernels.testing import cuda_launches, kernel_survey
+from ttt_kernels.testing.cuda_compiled import CudaReport
 from ttt_kernels.testing.kernel_survey import Compiled, survey
 from ttt_kernels.testing.roofline import MACHINES, Machine, Prediction, predict
 
@@ -51,6 +53,8 @@ LAUNCHES: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
     },
     ("fast_weight_update_", "triton"): {"fwd": ("decode update",)},
 }  # fmt: skip
+_CUDA = ("scan", "spectral_step_size", "clipped_step_size", "fast_weight_apply", "fast_weight_update_")
+LAUNCHES |= {(op, "cuda"): LAUNCHES[op, "triton"] for op in _CUDA}
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,12 @@ def cases() -> list[Case]:
 def rows(cases: Iterable[Case]) -> list[Row]:
     """Those of the benchmark's rows that can be predicted."""
     return [
-        Row(case, impl, tuple(surveyed(case, name) for name in LAUNCHES[case.op, impl][case.mode]))
+        Row(case, impl, tuple(surveyed(case, name, impl) for name in LAUNCHES[case.op, impl][case.mode]))
         for case in cases
         for impl in OPERATIONS[case.op].implementations
-        if case.mode in LAUNCHES.get((case.op, impl), {}) and (impl != "triton-split" or splits(case))
+        if case.mode in LAUNCHES.get((case.op, impl), {})
+        and (impl != "triton-split" or splits(case))
+        and (impl != "cuda" or case.dtype in cuda_launches.DTYPES)
     ]
 
 
@@ -86,12 +92,12 @@ def splits(case: Case) -> bool:
     return not case.preserve_row_norm and longest <= case.chunk_size
 
 
-def surveyed(case: Case, operation: str) -> kernel_survey.Case:
+def surveyed(case: Case, operation: str, impl: str) -> kernel_survey.Case:
     """As `bench` calls it: row b has weight b, and an update writes one chunk."""
     return kernel_survey.Case(
         operation, case.shape, case.d, case.f, tokens=case.tokens,
         chunk_size=min(case.chunk_size, case.tokens), batch=case.batch, dtype=case.dtype,
-        preserve_row_norm=case.preserve_row_norm, slots=False,
+        preserve_row_norm=case.preserve_row_norm, slots=False, impl="cuda" if impl == "cuda" else "triton",
     )  # fmt: skip
 
 
@@ -148,17 +154,24 @@ def largest(found: Prediction, launched: Sequence[Compiled]) -> dict[str, object
     return facts
 
 
-def write(folder: Path, processes: int) -> list[Path]:
-    """Compile, predict, and write a file for every machine. Needs Triton; minutes when it has to compile."""
+def write(folder: Path, processes: int, kernels: Mapping[int, Sequence[CudaReport]]) -> list[Path]:
+    """Compile, predict, and write a file for every machine. Needs Triton; minutes when it has to compile.
+
+    kernels: `cuda_launches.read_kernels()`. The rows of `cuda` are left out on an architecture without.
+    """
     wanted = rows(cases())
     surveyed_cases = list(dict.fromkeys(case for row in wanted for case in row.launches))
+    ours = [case for case in surveyed_cases if case.impl == "cuda"]
     architectures = sorted({machine.architecture for machine in MACHINES.values()})
-    compiled = survey(surveyed_cases, architectures, processes)
+    compiled = survey([case for case in surveyed_cases if case.impl != "cuda"], architectures, processes)
+    for architecture, reports in kernels.items():
+        compiled += cuda_launches.survey(ours, architecture, reports)
     written = []
     for name, machine in MACHINES.items():
         path = folder / FOLDER / f"{name.lower()}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(line) + "\n" for line in records(wanted, compiled, machine))
+        mine = [row for row in wanted if row.impl != "cuda" or machine.architecture in kernels]
+        lines = (json.dumps(line) + "\n" for line in records(mine, compiled, machine))
         path.write_text("".join(lines), encoding="utf-8")
         written.append(path)
     return written

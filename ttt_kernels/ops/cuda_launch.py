@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ OPS = {
     "clipped_step_size": "step_size",
 }
 _asked: dict[str, int | None] = {"path": None}
+_images: dict[int, dict] = {}
 
 
 @contextmanager
@@ -44,10 +44,12 @@ def use_path(path: int) -> Iterator[None]:
         _asked["path"] = before
 
 
-@cache
 def _device(index: int) -> dict:
-    """What the extension says of a GPU, once: a context has to be made for it."""
-    return next(d for d in _extension.load().device_query()["devices"] if d["index"] == index)
+    """What the extension says of a GPU. It has to make a context for it, and so is asked once, or again
+    where it found no image it could run: that may have been for want of memory."""
+    if _images.get(index, {}).get("image") is None:
+        _images[index] = _extension.load().describe_device(index)
+    return _images[index]
 
 
 def why_not_cuda(device: torch.device, dtype: torch.dtype) -> str | None:

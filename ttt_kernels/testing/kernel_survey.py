@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ttt_kernels import _config
+from ttt_kernels.testing import roofline
 from ttt_kernels.testing.kernel_report import KernelReport
 from ttt_kernels.testing.roofline import LibraryCall, Machine, Prediction, Step, Work, predict
 
@@ -30,6 +31,7 @@ class Case:
         preserve_row_norm: of the scan, or a row scale in decode.
         carried: a state comes in and goes out.
         slots: in decode, rows name their weight in a larger pool; else row b has weight b.
+        impl: whose kernels, "triton" or "cuda" (`cuda_launches`).
     """
 
     operation: str
@@ -44,6 +46,7 @@ class Case:
     preserve_row_norm: bool = False
     carried: bool = False
     slots: bool = True
+    impl: str = "triton"
 
 
 @dataclass(frozen=True)
@@ -70,16 +73,23 @@ class Compiled:
 
     @property
     def steps(self) -> list[Step | LibraryCall]:
-        """What a machine's time is predicted from; who compiled a kernel does not matter here."""
-        launches = [Step(report.kernel, work, report.resident_blocks) for report, work in self.launches]
-        return [*launches, *self.library]
+        """What a machine's time is predicted from."""
+        host = roofline.HOST_KERNEL if self.case.impl == "cuda" else roofline.HOST_LAUNCH
+
+        def step(report: KernelReport, work: Work) -> Step:
+            old = report.mma_sync and not (report.wgmma or report.tcgen05)
+            speed = roofline.MMA_SYNC.get(self.architecture, 1.0) if old else 1.0
+            return Step(report.kernel, work, report.resident_blocks, host, speed)
+
+        return [*(step(*launch) for launch in self.launches), *self.library]
 
     def predict(self, machine: Machine) -> Prediction:
         return predict(machine, self.steps)
 
 
 def survey(cases: Iterable[Case], architectures: Sequence[int], processes: int = 2) -> list[Compiled]:
-    """Compile what these cases launch. Works on any Linux machine with Triton installed; no GPU.
+    """Compile what these cases, with impl="triton", launch. Works on any Linux machine with Triton installed;
+    no GPU.
 
     Args:
         cases: what to record.

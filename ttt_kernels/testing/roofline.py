@@ -28,7 +28,12 @@ from types import MappingProxyType
 FILL = 1.0e-6  # first loads of a tile until its products run: about two memory latencies
 LAUNCH_GAP = 2.0e-6  # between two kernels of a stream
 HOST_LAUNCH = 12.0e-6  # the host's part of a launch through Triton's Python launcher
-HOST_CALL = 5.0e-6  # and of a call of torch; neither is paid when a captured graph is replayed
+HOST_KERNEL = 4.0e-6  # of one from C++, its tensor maps included
+HOST_CALL = 5.0e-6  # and of a call of torch; none is paid when a captured graph is replayed
+
+# Share of the GEMM rate that mma.sync, the matrix instruction of sm_80, can reach: on Hopper as published
+# microbenchmarks have it, on sm_100 assumed to be as much a clock as there.
+MMA_SYNC: Mapping[int, float] = MappingProxyType({90: 0.63, 100: 0.31})
 
 
 @dataclass(frozen=True)
@@ -153,11 +158,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Step:
-    """One launch. `resident`: its blocks on a multiprocessor at a time (`KernelReport`)."""
+    """One launch. `resident`: its blocks on a multiprocessor at a time (`KernelReport`); `host`: the host's
+    seconds; `speed`: share of the GEMM rate that its matrix instructions reach."""
 
     name: str
     work: Work
     resident: int
+    host: float = HOST_LAUNCH
+    speed: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -215,7 +223,7 @@ def predict(machine: Machine, steps: Iterable[Step | LibraryCall]) -> Prediction
     products = (flops - slow) / machine.flops + slow / machine.float32_flops
     traffic = sum(s.traffic if isinstance(s, LibraryCall) else s.work.traffic for s in steps)
     device = sum(by_name.values())
-    host = sum(HOST_CALL if isinstance(s, LibraryCall) else HOST_LAUNCH for s in steps)
+    host = sum(HOST_CALL if isinstance(s, LibraryCall) else s.host for s in steps)
     return Prediction(
         machine=machine.name,
         seconds=max(device, host),
@@ -236,22 +244,22 @@ def step_seconds(machine: Machine, step: Step | LibraryCall) -> float:
     if step.resident < 1:
         raise ValueError(f"resident must be >= 1 for {step.name} to run at all, got {step.resident}")
     memory = step.work.traffic / machine.bandwidth
-    return LAUNCH_GAP + max(busiest(machine, step.work.tiles, step.resident), memory)
+    return LAUNCH_GAP + max(busiest(machine, step.work.tiles, step.resident, step.speed), memory)
 
 
-def tile_seconds(machine: Machine, tile: Tiles, resident: int) -> float:
+def tile_seconds(machine: Machine, tile: Tiles, resident: int, speed: float = 1.0) -> float:
     share = machine.processors
-    feed = machine.l2_bandwidth / share
-    multiply, tail = max(tile.flops / (machine.flops / share), tile.loads / feed), tile.tail / feed
+    rate, feed = speed * machine.flops / share, machine.l2_bandwidth / share
+    multiply, tail = max(tile.flops / rate, tile.loads / feed), tile.tail / feed
     start = tile.rounds * FILL
     return start + multiply + tail if resident == 1 else max(start / resident, multiply, tail)
 
 
-def busiest(machine: Machine, tiles: Iterable[Tiles], resident: int) -> float:
+def busiest(machine: Machine, tiles: Iterable[Tiles], resident: int, speed: float = 1.0) -> float:
     """When the last multiprocessor is done, if each tile goes to the one that is free first."""
     free = [0.0] * machine.processors
     for group in tiles:
-        seconds = tile_seconds(machine, group, resident)
+        seconds = tile_seconds(machine, group, resident, speed)
         left = group.count
         if max(free) == min(free):  # whole rounds at once
             rounds, left = divmod(left, machine.processors)

@@ -1,4 +1,5 @@
-"""What a model's layer asks of the Triton kernels, as recorded launches: nothing runs, nothing is allocated.
+"""What a model's layer asks of the Triton kernels, or of those in CUDA C++, as recorded launches: nothing
+runs, nothing is allocated.
 
 Each operation is a call of the host function that a GPU would run, on meta tensors of the layer's sizes.
 The library calls between the launches are recorded too, and the memory that the tensors would take.
@@ -29,11 +30,13 @@ from ttt_kernels.ops.step_size import registration as step_size
 from ttt_kernels.ops.target import triton_bwd as triton_target_bwd
 from ttt_kernels.ops.target import triton_fwd as triton_target_fwd
 from ttt_kernels.ops.triton_launch import Launch, record
+from ttt_kernels.testing import cuda_launches
 from ttt_kernels.testing.kernel_survey import Case
 from ttt_kernels.testing.roofline import LibraryCall
 from ttt_kernels.types import ceil_div
 
 CONV_TAPS = 5
+RECORDERS = {"triton": record, "cuda": cuda_launches.record}
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Recorded:
     """One operation: its launches and library calls, and the most bytes it holds beyond its operands and
     results."""
 
-    launches: tuple[Launch, ...]
+    launches: tuple[Launch | cuda_launches.Launch, ...]
     library: tuple[LibraryCall, ...]
     extra_bytes: int
 
@@ -65,7 +68,8 @@ class _LibraryCalls(TorchDispatchMode):
             overwrites = name in self.OVERWRITE or func._overloadname == "out"
             twice = _tensors(out) if writes and not overwrites else []
             traffic = sum(map(_bytes, [*([] if name in self.FILL else before), *fresh, *twice]))
-            count = flop_registry.get(func.overloadpacket)
+            plain = getattr(torch.ops.aten, name.removesuffix("_"), None)  # in place: the same product
+            count = flop_registry.get(plain)
             flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
             single = bool(before) and before[0].dtype == torch.float32
             self.calls.append(LibraryCall(f"torch.{name}", float(flops), float(traffic), single))
@@ -108,10 +112,10 @@ def _bytes(t: Tensor) -> int:
 
 def record_case(case: Case, architecture: int) -> Recorded:
     """The launches of `case` on a GPU of that architecture."""
-    call = OPERATIONS[case.operation](case)
-    with record(architecture) as launches, _LibraryCalls() as library:
+    call, recording = OPERATIONS[case.operation](case), RECORDERS[case.impl]
+    with recording(architecture) as launches, _LibraryCalls() as library:
         call()
-    with record(architecture) as forgotten, _Memory(forgotten) as memory:
+    with recording(architecture) as forgotten, _Memory(forgotten) as memory:
         returned = sum(t.numel() * t.element_size() for t in _tensors(call()))
     return Recorded(tuple(launches), tuple(library.calls), max(0, memory.peak - returned))
 
@@ -148,13 +152,13 @@ def _scan_operands(case: Case) -> tuple:
 
 def _scan_forward(case: Case) -> Callable:
     operands = _scan_operands(case)
-    return lambda: scan.FORWARD["triton"](*operands, False)
+    return lambda: scan.FORWARD[case.impl](*operands, False)
 
 
 def _scan_prefill(case: Case) -> Callable:
     """What a prompt does: the state after its last chunk is wanted."""
     *operands, _ = _scan_operands(case)
-    return lambda: scan.FORWARD["triton"](*operands, True, False)
+    return lambda: scan.FORWARD[case.impl](*operands, True, False)
 
 
 def _scan_split(case: Case) -> Callable:
@@ -175,8 +179,8 @@ def _scan_both(case: Case) -> Callable:
     dstate = _meta(max(case.batch, case.sequences), case.d, case.f) if case.carried else None
 
     def call() -> tuple:
-        y, carried = scan.FORWARD["triton"](*operands, True)
-        return y, *scan.BACKWARD["triton"](dy, dstate, carried, *operands)
+        y, carried = scan.FORWARD[case.impl](*operands, True)
+        return y, *scan.BACKWARD[case.impl](dy, dstate, carried, *operands)
 
     return call
 
@@ -218,8 +222,8 @@ def _step_size(case: Case, kind: str, backward: bool = False) -> Callable:
     operands = (z, v, case.chunk_size, _lengths(case), rule)
     if backward:
         dsteps = _meta(case.batch, ceil_div(case.tokens, case.chunk_size) + case.sequences)
-        return lambda: step_size.BACKWARD["triton"](dsteps, *operands)
-    return lambda: step_size.FORWARD["triton"](*operands)
+        return lambda: step_size.BACKWARD[case.impl](dsteps, *operands)
+    return lambda: step_size.FORWARD[case.impl](*operands)
 
 
 def _target(case: Case, name: str, *extra: object, backward: bool = False) -> Callable:
@@ -248,19 +252,19 @@ def _scale(case: Case, pool: Tensor) -> Tensor | None:
 
 def _apply(case: Case) -> Callable:
     z, pool, slots = _decode_operands(case, case.tokens)
-    return lambda: step.APPLY["triton"](z, pool, _scale(case, pool), slots)
+    return lambda: step.APPLY[case.impl](z, pool, _scale(case, pool), slots)
 
 
 def _apply_backward(case: Case) -> Callable:
     z, pool, slots = _decode_operands(case, case.tokens)
     dy = z.new_empty(case.batch, case.tokens, case.d)
-    return lambda: step.APPLY_BACKWARD["triton"](dy, z, pool, _scale(case, pool), slots, True)
+    return lambda: step.APPLY_BACKWARD[case.impl](dy, z, pool, _scale(case, pool), slots, True)
 
 
 def _update(case: Case) -> Callable:
     z, pool, slots = _decode_operands(case, case.chunk_size)
     v = z.new_empty(case.batch, case.chunk_size, case.d)
-    return lambda: step.UPDATE["triton"](pool, z, v, _meta(case.batch), 1.0, slots)
+    return lambda: step.UPDATE[case.impl](pool, z, v, _meta(case.batch), 1.0, slots)
 
 
 OPERATIONS: Mapping[str, Callable[[Case], Callable]] = MappingProxyType(

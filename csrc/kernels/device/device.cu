@@ -63,7 +63,9 @@ Status device_facts(int device, DeviceFacts* facts) {
 
 Status use_device(int device, int* previous) {
   cudaError_t error = cudaGetDevice(previous);
-  if (error == cudaSuccess && device != *previous) error = cudaSetDevice(device);
+  // Even where it is that already: it gives a thread that has run nothing yet (autograd's) its context, and
+  // the driver encodes no tensor map without one.
+  if (error == cudaSuccess) error = cudaSetDevice(device);
   return status_of(error);
 }
 

@@ -28,9 +28,9 @@ __device__ __forceinline__ float sum_parts(const float* norms, std::int64_t part
   return sum;
 }
 
-// What preserves a row's norm, from square norms; equal norms give exactly 1.
+// What preserves a row's norm, from square norms; equal norms give exactly 1, and NaN gives NaN, unlike fmaxf.
 __device__ __forceinline__ float row_ratio(float w0_norm, float norm) {
-  return __fsqrt_rn(__fdiv_rn(w0_norm, fmaxf(norm, kSquareFloor)));
+  return __fsqrt_rn(__fdiv_rn(w0_norm, norm < kSquareFloor ? kSquareFloor : norm));
 }
 
 }  // namespace ttt::scan

@@ -176,7 +176,9 @@ __global__ void __launch_bounds__(kThreads) step_size_fwd_spectral_kernel(const 
   }
   square = sum_block(square, sums.warps);
   const float sigma = __fdiv_rn(square, __fsqrt_rn(fmaxf(square, kNormFloor * kNormFloor)));
-  if (threadIdx.x == 0) p.step[blockIdx.x] = static_cast<float>(p.lr / fmaxf(sigma, kSigmaFloor));
+  if (threadIdx.x != 0) return;
+  // Not fmaxf, which would make a number of NaN.
+  p.step[blockIdx.x] = static_cast<float>(p.lr / (sigma < kSigmaFloor ? kSigmaFloor : sigma));
 }
 
 __global__ void __launch_bounds__(kThreads) step_size_fwd_clip_kernel(const StepSize p, const Scratch s) {
@@ -193,8 +195,8 @@ __global__ void __launch_bounds__(kThreads) step_size_fwd_clip_kernel(const Step
   }
   square = sum_block(square, sums.wide);
   if (threadIdx.x != 0) return;
-  const double excess = sqrt(square > 0.0 ? square : 0.0) / p.max_norm;
-  p.step[blockIdx.x] = static_cast<float>(excess > 1.0 ? p.lr / excess : p.lr);
+  const double excess = sqrt(square < 0.0 ? 0.0 : square) / p.max_norm;  // NaN stays NaN
+  p.step[blockIdx.x] = static_cast<float>(excess <= 1.0 ? p.lr : p.lr / excess);
 }
 
 template <class T>

@@ -19,10 +19,11 @@ def rows_of_tokens(x: Tensor) -> Tensor:
     return aligned(x if x.stride(2) == 1 and strides else x.contiguous())
 
 
-def readable_pool(weight: Tensor) -> bool:
-    """Can the kernels use the pool as it lies?"""
+def readable_pool(weight: Tensor) -> Tensor:
+    """The pool, or a copy where the kernels cannot use it as it lies."""
     strides = all(stride % 4 == 0 for stride in weight.stride()[:2])
-    return weight.stride(2) == 1 and strides and weight.data_ptr() % 16 == 0
+    readable = weight.stride(2) == 1 and strides and weight.data_ptr() % 16 == 0
+    return weight if readable else weight.clone(memory_format=torch.contiguous_format)
 
 
 def sizes(z: Tensor, weight: Tensor, slots: Tensor | None) -> dict:
@@ -43,7 +44,7 @@ def apply(z: Tensor, weight: Tensor, row_scale: Tensor | None, slots: Tensor | N
     if slots is None and len(weight) == 1:  # one weight for all: a single row of all tokens
         z = z.reshape(1, -1, f)
     z = rows_of_tokens(z)
-    weight = weight if readable_pool(weight) else weight.contiguous()
+    weight = readable_pool(weight)
     row_scale = None if row_scale is None else row_scale.contiguous()
     slots = None if slots is None else slots.to(torch.int64)
     y = z.new_empty(*z.shape[:2], d)
@@ -62,7 +63,7 @@ def update_(
     check_widths("fast_weight_update_", "weight", *weight.shape[1:])
     if not z.numel() or not weight.numel():
         return
-    pool = weight if readable_pool(weight) else weight.contiguous()
+    pool = readable_pool(weight)
     z, v = rows_of_tokens(z), rows_of_tokens(v)
     step_size = None if step_size is None else step_size.contiguous()
     slots = None if slots is None else slots.to(torch.int64)

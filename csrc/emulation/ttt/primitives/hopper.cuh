@@ -43,7 +43,6 @@ inline cudaError_t make_tensor_map(TensorMap* map, const void* base, bool /*is_b
   return emulation::make_tensor(map, base, planes, rows, columns, plane_stride, row_stride);
 }
 
-inline void prefetch_map(const TensorMap&) {}
 
 // Reads the range, so that AddressSanitizer sees what a device may forgive.
 inline void prefetch_l2(const void* global, int bytes, TTT_SITE) {

@@ -24,9 +24,9 @@ constexpr int kSharedAlignment = 1024;  // the pattern of the 128-byte swizzle r
 template <class Storage>
 __device__ __forceinline__ Storage& shared_storage() {
   extern __shared__ unsigned char ttt_dynamic_shared[];
-  const auto address = (reinterpret_cast<std::uintptr_t>(ttt_dynamic_shared) + kSharedAlignment - 1) &
-                       ~static_cast<std::uintptr_t>(kSharedAlignment - 1);
-  return *reinterpret_cast<Storage*>(address);
+  // By an offset: a pointer made of a number would lose that it points to shared memory.
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(ttt_dynamic_shared));
+  return *reinterpret_cast<Storage*>(ttt_dynamic_shared + -address % kSharedAlignment);
 }
 
 // Bytes to ask for so that a Storage fits after alignment.
