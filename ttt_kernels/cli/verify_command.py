@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -53,14 +52,12 @@ def run(args: argparse.Namespace) -> int:
     state = verify_tree.version(tree, files)
     output = output_folder(args.output, tree, f"{now:%Y%m%d-%H%M%S}-{state.short}")
     scratch = Path(tempfile.mkdtemp(prefix="ttt-verify-"))
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: keep what was done
     try:
         verify_tree.copy_tree(tree, files, scratch / "tree")
         verification = Verification(tree, state, now, output, scratch)
         verification.run(args.stage, begun, args.total)
         return verification.report(complete=not args.stage)
     finally:
-        signal.signal(signal.SIGTERM, before)
         if args.keep:
             say(f"the copy of the tree is kept: {scratch / 'tree'}")
         else:

@@ -18,6 +18,9 @@ PASSED, FAILED, TIMED_OUT, SKIPPED, INTERRUPTED = (
 )  # fmt: skip
 BAD = (FAILED, TIMED_OUT, INTERRUPTED)
 LOG_BYTES = 16 << 20
+# What ends a run early and keeps its results. Set even where they were ignored, as in a background job of a
+# shell: stages would inherit that, and go on when they are told to end.
+ENDINGS = (signal.SIGINT, signal.SIGTERM)
 GRACE_S = 3.0  # between asking a process to end and asking less politely
 NO_TESTS = 5  # pytest's exit code where nothing was collected
 _TEST = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b(.*?)(?: +\[ *\d+%\])?$", re.M)
@@ -106,7 +109,15 @@ class Runner:
         self.results: dict[str, Result] = {}
 
     def run(self, phases: Sequence[Phase]) -> None:
-        """Every stage gets a result, also where the time is up or Ctrl-C ends it all."""
+        """Every stage gets a result, also where the time is up or Ctrl-C ends it all. In the main thread."""
+        before = {number: signal.signal(number, signal.default_int_handler) for number in ENDINGS}
+        try:
+            self._run(phases)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _run(self, phases: Sequence[Phase]) -> None:
         left = max(0.0, self.end - time.monotonic())
         wanted = sum(phase.reserve for phase in phases)
         scale = min(1.0, left / wanted) if wanted else 1.0
@@ -200,6 +211,7 @@ class _Process:
             if time.monotonic() - self.started > self.limit:
                 self.end(TIMED_OUT, f"after {self.limit:.0f} s")
             elif self.log.stat().st_size > LOG_BYTES:
+                self.signals = [signal.SIGKILL]  # it writes on as long as it lives
                 self.end(FAILED, f"it wrote more than {LOG_BYTES >> 20} MiB")
         elif time.monotonic() > self.next_signal:
             if not self.signals:
