@@ -18,15 +18,6 @@ namespace {
 // on it.
 constexpr int kStateSlabs = 24;
 
-// The row scale of column d of y, by thread d of the block.
-__device__ __forceinline__ float column_ratio(const ForwardStep& step, std::int64_t sequence,
-                                              std::int64_t d) {
-  if (step.w0_norms == nullptr || d >= step.shape.d) return 1.0f;
-  const std::int64_t parts = ceil_div(step.shape.f, kTile);
-  const float norm = sum_parts(step.norms + sequence * parts * step.shape.d + d, parts, step.shape.d);
-  return row_ratio(sum_parts(step.w0_norms + d, parts, step.shape.d), norm);
-}
-
 template <class T>
 __device__ __forceinline__ void apply_tile(const ForwardStep& step, Storage<T>& shared,
                                            const TilePlace& place) {
@@ -62,8 +53,8 @@ template <class T>
 __device__ __forceinline__ void write_tile(const ForwardStep& step, Storage<T>& shared,
                                            const TilePlace& place) {
   const ScanBlock block = step.shape.blocks[place.block];
-  if (block.written == 0 || (block.last && !step.write_last)) return;
-  const float scale = step.steps.step_size ? step.steps.step_size[block.chunk] : step.steps.lr;
+  if (!is_written(block, step.write_last)) return;
+  const float scale = step_of(step.steps, block);
   const StateTile tile(step.shape, block.sequence, place);
   Accumulator c = {};
   multiply_tokens(c, shared, step.v, step.z, step.shape, tile, block.first, block.written);

@@ -1,8 +1,7 @@
 // What the sm_80 kernels of the scan share: shared memory, the cut into tiles and the tile of a state.
 #pragma once
 
-#include "launches.h"
-#include "rows.cuh"
+#include "blocks.cuh"
 #include "ttt/gemm_sm80.cuh"
 
 namespace ttt::scan::sm80 {

@@ -41,8 +41,8 @@ struct ForwardTiles {
     const TilePlace place = is_apply ? tile_place(index, shape.block_tokens, shape.d)
                                      : tile_place(index - applies, shape.d, shape.f);
     const ScanBlock block = shape.blocks[place.block];
-    const bool is_written = block.written > 0 && (step.write_last || !block.last);
-    return {is_apply, is_apply ? place.row >= block.tokens : !is_written, place, block};
+    const bool is_empty = is_apply ? place.row >= block.tokens : !is_written(block, step.write_last);
+    return {is_apply, is_empty, place, block};
   }
 
   __device__ __forceinline__ void load(Producer& producer, int index) const {
@@ -68,19 +68,10 @@ struct ForwardTiles {
       return;
     }
     for (int column = assistant; column < kTileN; column += kAssistants) {
-      storage.columns[column] = column_ratio(block.sequence, place.column + column);
+      storage.columns[column] = column_ratio(step, block.sequence, place.column + column);
     }
     named_barrier(kReady, kConsumers + kAssistants);
     named_barrier(kTaken, kConsumers + kAssistants);
-  }
-
-  // The scale of column d of y.
-  __device__ __forceinline__ float column_ratio(std::int64_t sequence, std::int64_t d) const {
-    const ForwardStep& step = arguments.step;
-    if (step.w0_norms == nullptr || d >= step.shape.d) return 1.0f;
-    const std::int64_t parts = ceil_div(step.shape.f, kTile);
-    const float norm = sum_parts(step.norms + sequence * parts * step.shape.d + d, parts, step.shape.d);
-    return row_ratio(sum_parts(step.w0_norms + d, parts, step.shape.d), norm);
   }
 
   __device__ __forceinline__ void consume(Consumer& consumer, int index) const {

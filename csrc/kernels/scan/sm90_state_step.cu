@@ -33,8 +33,8 @@ struct StateTiles {
     const TilePlace place = tile_place(index, step.shape.d, step.shape.f);
     const ScanBlock block = step.shape.blocks[place.block];
     if constexpr (kUse != StateUse::kEnter) return {place, block, block.tokens, nullptr};
-    const bool subtracts = !block.last || step.carried_is_final;
-    return {place, block, subtracts ? block.written : 0, block.last ? step.carried : step.weight};
+    const std::int64_t tokens = is_written(block, step.carried_is_final) ? block.written : 0;
+    return {place, block, tokens, block.last ? step.carried : step.weight};
   }
 
   __device__ __forceinline__ void load(Producer& producer, int index) const {

@@ -8,8 +8,7 @@
 
 #include <climits>
 
-#include "launches.h"
-#include "rows.cuh"
+#include "blocks.cuh"
 #include "sm90_pipeline.cuh"
 
 namespace ttt::scan::sm90 {
@@ -35,10 +34,6 @@ __device__ __forceinline__ TilePlace tile_place(int index, std::int64_t height, 
 // How many tiles cover a matrix of each block of the launch.
 inline int count_tiles(const Shape& shape, std::int64_t height, std::int64_t width) {
   return static_cast<int>(shape.count * ceil_div(height, kTileM) * ceil_div(width, kTileN));
-}
-
-__device__ __forceinline__ float step_of(const Steps& steps, const ScanBlock& block) {
-  return steps.step_size ? steps.step_size[block.chunk] : steps.lr;
 }
 
 // Calls f(i, quads) with this thread's quads of columns [64 i, 64 i + 64) of its row: quad j begins at

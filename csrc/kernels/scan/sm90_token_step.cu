@@ -38,7 +38,7 @@ struct TokenTiles {
     const TilePlace place = tile_place(is_value ? index : index - values, shape.block_tokens,
                                        is_value ? shape.d : shape.f);
     const ScanBlock block = shape.blocks[place.block];
-    const bool is_reached = block.written > 0 && (step.has_dstate || !block.last);
+    const bool is_reached = is_written(block, step.has_dstate);
     return {is_value, is_reached, place, block, block.tokens - place.row};
   }
 

@@ -1,6 +1,6 @@
 #include "small.h"
 
-#include "rows.cuh"
+#include "blocks.cuh"
 
 namespace ttt::scan {
 namespace {
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) scan_bwd_dstep_kernel(const SumSteps
   if (i >= step.shape.count) return;
   const ScanBlock block = step.shape.blocks[i];
   const std::int64_t columns = ceil_div(step.shape.d, kTile);
-  const bool reached = block.written > 0 && (step.has_dstate || !block.last);
+  const bool reached = is_written(block, step.has_dstate);
   const std::int64_t parts = reached ? ceil_div(block.tokens, kTile) * columns : 0;
   const float* from = step.parts + i * ceil_div(step.shape.block_tokens, kTile) * columns;
   float sum = 0.0f;

@@ -15,8 +15,7 @@ namespace {
 template <class T>
 __device__ __forceinline__ void enter(const Accumulator& c, const StateStep& step, Storage<T>& shared,
                                       const StateTile& tile, const ScanBlock& block, bool subtract) {
-  float scale = 0.0f;
-  if (subtract) scale = step.steps.step_size ? -step.steps.step_size[block.chunk] : -step.steps.lr;
+  const float scale = subtract ? -step_of(step.steps, block) : 0.0f;
   store_state(c, shared, tile, scale, block.last ? step.carried : step.weight, step.weight,
               static_cast<T*>(step.shadow), step.norms);
 }
@@ -73,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 2) scan_bwd_state_kernel(const State
     const TilePlace place = state_place(step.shape, i);
     const ScanBlock block = step.shape.blocks[place.block];
     const StateTile tile(step.shape, block.sequence, place);
-    const bool subtract = block.written > 0 && (!block.last || step.carried_is_final);
+    const bool subtract = is_written(block, step.carried_is_final);
     const std::int64_t tokens = kUse != StateUse::kEnter ? block.tokens : subtract ? block.written : 0;
     Accumulator c = {};
     multiply_tokens(c, shared, step.a, step.z, step.shape, tile, block.first, tokens);

@@ -10,15 +10,6 @@
 namespace ttt::scan::sm80 {
 namespace {
 
-// Tokens of the block whose write the gradient of the state knows of: all or none.
-__device__ __forceinline__ bool is_reached(const TokenStep& step, const ScanBlock& block) {
-  return block.written > 0 && (step.has_dstate || !block.last);
-}
-
-__device__ __forceinline__ float step_of(const TokenStep& step, const ScanBlock& block) {
-  return step.steps.step_size ? step.steps.step_size[block.chunk] : step.steps.lr;
-}
-
 // The sum over the block of threads, in a fixed order, at `into`.
 template <class T>
 __device__ __forceinline__ void store_sum(Storage<T>& shared, float sum, float* into) {
@@ -39,8 +30,8 @@ __device__ __forceinline__ void value_tile(const TokenStep& step, Storage<T>& sh
   const ScanBlock block = shape.blocks[place.block];
   const std::int64_t t = place.row * kBlockT, d = place.column * kBlockD, f = shape.f;
   if (t >= block.tokens) return;
-  const bool reached = is_reached(step, block);
-  const float scale = reached ? step_of(step, block) : 0.0f;
+  const bool reached = is_written(block, step.has_dstate);
+  const float scale = reached ? step_of(step.steps, block) : 0.0f;
   Accumulator c = {};
   if (reached) {
     const Source<T> z = {as<T>(step.z.at) + (block.first + t) * step.z.stride, step.z.stride,
@@ -85,11 +76,11 @@ __device__ __forceinline__ void key_tile(const TokenStep& step, Storage<T>& shar
   if (rows <= 0) return;
   const std::int64_t corner = block.sequence * shape.d * shape.f + f;
   Accumulator c = {};
-  if (is_reached(step, block)) {
+  if (is_written(block, step.has_dstate)) {
     const Source<T> v = {as<T>(step.v.at) + (block.first + t) * step.v.stride, step.v.stride, rows};
     const Source<T> g = {as<T>(step.grad_shadow) + corner, shape.f, shape.f - f};
     gemm::multiply<T, Major::kK, Major::kMN>(c, shared.stages, v, g, shape.d);
-    const float scale = step_of(step, block);
+    const float scale = step_of(step.steps, block);
 #pragma unroll
     for (int i = 0; i < gemm::kWarpM / 16; ++i) {
 #pragma unroll
