@@ -320,6 +320,13 @@ def test_command_writes_lines_table_and_plot(tmp_path, capsys, tiny_shape):
     assert max(len(line) for line in shown.splitlines()) <= 80
 
 
+def test_the_kind_of_picture_is_checked_before_measuring(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "measure_group", lambda *args: pytest.fail("it measured"))
+    for name in ("a.foo", "a"):
+        assert main(["bench", "--plot", str(tmp_path / name)]) == 2
+        assert "--plot must end in one of" in capsys.readouterr().err
+
+
 def test_command_fails_where_a_result_is_wrong(monkeypatch, tmp_path, capsys, tiny_shape):
     monkeypatch.setitem(OPERATIONS, "scan", with_faulty()["scan"])
     lines = tmp_path / "out.jsonl"

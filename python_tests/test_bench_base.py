@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from ttt_kernels.cli import bench_base
+from ttt_kernels.cli import bench_base_trees as trees
 from ttt_kernels.cli.bench_case import SHAPES, Case
 from ttt_kernels.cli.bench_registry import OPERATIONS
 from ttt_kernels.cli.errors import UserError
@@ -72,7 +73,7 @@ def repository(tmp_path, monkeypatch):
         git(folder, "add", "-A")
         git(folder, "commit", "-q", "-m", message)
         stub(folder)
-    monkeypatch.setattr(bench_base, "HERE", folder)
+    monkeypatch.setattr(trees, "HERE", folder)
     return folder
 
 
@@ -84,7 +85,7 @@ def read(path) -> list[dict]:
 def test_any_ref_is_exported_as_it_was_committed(repository):
     stub(repository, 9.0)  # what is not committed is in no ref
     for ref, scale in (("HEAD", "1.0"), ("HEAD~1", "1.5"), (git(repository, "rev-parse", "HEAD"), "1.0")):
-        with bench_base.base_tree(ref) as tree:
+        with trees.base_tree(ref) as tree:
             text = (tree.root / "ttt_kernels" / "__init__.py").read_text()
             assert f"{scale} * step_size" in text and tree.label == ref
             assert tree.commit == git(repository, "rev-parse", ref)
@@ -93,19 +94,19 @@ def test_any_ref_is_exported_as_it_was_committed(repository):
 
 
 def test_a_folder_is_a_tree_too(tmp_path):
-    with bench_base.base_tree(str(stub(tmp_path / "other"))) as tree:
-        assert tree == bench_base.Tree(tmp_path / "other", "other", None)
+    with trees.base_tree(str(stub(tmp_path / "other"))) as tree:
+        assert tree == trees.Tree(tmp_path / "other", "other", None)
     assert tree.root.exists()
 
 
 def test_what_is_no_tree_is_refused(repository, monkeypatch, tmp_path, capsys):
     assert main(["bench", *GRID, "--base", "nowhere"]) == 2
     assert "--base nowhere: neither a commit of this repository nor a folder" in capsys.readouterr().err
-    monkeypatch.setattr(bench_base, "HERE", tmp_path)
-    with pytest.raises(UserError, match="--base HEAD: .*not a git repository"), bench_base.base_tree("HEAD"):
+    monkeypatch.setattr(trees, "HERE", tmp_path)
+    with pytest.raises(UserError, match="--base HEAD: .*not a git repository"), trees.base_tree("HEAD"):
         pass
-    monkeypatch.setattr(bench_base.shutil, "which", lambda name: None)
-    with pytest.raises(UserError, match="--base HEAD: git is not installed"), bench_base.base_tree("HEAD"):
+    monkeypatch.setattr(trees.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="--base HEAD: git is not installed"), trees.base_tree("HEAD"):
         pass
 
 

@@ -1,13 +1,14 @@
 """The report: what is read from JSON lines, what stands beside what, and that the document is up to date."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from ttt_kernels.cli import bench, measure, report_pictures, report_predictions, report_tables
+from ttt_kernels.cli import bench, bench_base, measure, report_pictures, report_predictions, report_tables
 from ttt_kernels.cli.bench_case import Case
 from ttt_kernels.cli.bench_registry import OPERATIONS
 from ttt_kernels.cli.errors import UserError
@@ -66,6 +67,20 @@ def column(table: str, name: str) -> list[str]:
 def test_the_document_is_what_the_command_writes():
     text = DOCUMENT.read_text(encoding="utf-8")
     assert filled(text, newest(read(RESULTS)), "docs/benchmarks.md") == text, "python -m ttt_kernels report"
+
+
+def test_every_field_of_the_lines_is_documented():
+    """Those of all committed lines, and of what none is committed of."""
+    lines = [line for path in RESULTS.rglob("*.jsonl") for line in path.read_text("utf-8").splitlines()]
+    records = [json.loads(line) for line in lines]
+    row = bench.Row(CASE, "eager", 1, 1, 1, 7, 1, 1, 1, 1, 4, 0.5, ratios=dict.fromkeys(bench.BASELINES, 1))
+    records += [row.as_record(), bench.Left(CASE, "eager", "skipped", "why").as_record()]
+    records += [bench_base.Ratio(CASE, "eager", "old", 1, 1, 1, 7).as_record()]
+    records += [measure.environment(torch.device("cpu"))]
+    section = DOCUMENT.read_text("utf-8").split("## Fields of the JSON lines")[1].split("\n## ")[0]
+    documented = set(re.findall(r"`(\w+)`", section))
+    written = set().union(*records, *(r["largest"] for r in records if "largest" in r))
+    assert written <= documented
 
 
 def test_the_predictions_are_those_of_the_suites_and_machines():

@@ -146,6 +146,13 @@ def test_a_failure_is_the_exit_code(tree, monkeypatch, capsys):
     assert "--stage absent names none of: bad, good" in capsys.readouterr().err
 
 
+def test_a_mistyped_stage_costs_nothing(tree, monkeypatch, capsys):
+    fake(monkeypatch, MACHINE, GOOD)
+    monkeypatch.setattr(trees, "copy_tree", lambda *args: pytest.fail("it copied"))
+    assert main(["verify", "--stage", "good", "absent"]) == 2
+    assert "absent" in capsys.readouterr().err and not (tree / "outputs" / "verify").exists()
+
+
 def test_what_a_chosen_stage_needs_is_run_too(tree, monkeypatch, capsys):
     fake(monkeypatch, MACHINE, python("", "first"), python("", "second", needs="first"), GOOD)
     assert main(["verify", "--stage", "second"]) == 0

@@ -92,6 +92,13 @@ class Results:
     rows: list[Row] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
 
+    def add(self, other: Results) -> None:
+        self.rows += other.rows
+        self.left += other.left
+
+    def records(self) -> list[dict[str, object]]:
+        return [line.as_record() for line in (*self.rows, *self.left)]
+
     @property
     def refused(self) -> list[Left]:
         return [x for x in self.left if x.kind == "refused"]
@@ -119,8 +126,10 @@ def measure_cases(
     repeats: int | None,
     say: Callable[[str], None] = lambda text: None,
     operations: dict[str, Operation] = OPERATIONS,
+    keep: Callable[[list[dict]], None] = lambda records: None,
 ) -> Results:
-    """Check, measure and time `impls` (None = all that can run) of every case.
+    """Check, measure and time `impls` (None = all that can run) of every case; `keep` gets the records of
+    those that share rounds as soon as they are there.
 
     Cases that differ only in mode share inputs and rounds. Chunk sizes do not, and the longest goes
     first: the reference frees gigabytes at short chunks, and for as long as the machine keeps them at
@@ -130,7 +139,9 @@ def measure_cases(
     for group in grouped(cases):
         op = operations[group[0].op]
         able = [i for i, x in op.implementations.items() if any(x.why_not(c) is None for c in group)]
-        measure_group(group, op, list(impls or able), repeats, say, results, checked)
+        found = measure_group(group, op, list(impls or able), repeats, say, checked)
+        keep(found.records())
+        results.add(found)
     return results
 
 
@@ -141,8 +152,8 @@ def grouped(cases: Sequence[Case]) -> Iterator[list[Case]]:
     yield from groups.values()
 
 
-def measure_group(cases, op: Operation, impls, repeats, say, results: Results, checked: dict) -> None:
-    device = torch.device(cases[0].device)
+def measure_group(cases, op: Operation, impls, repeats, say, checked: dict) -> Results:
+    results, device = Results(), torch.device(cases[0].device)
     if COMPILED in impls:
         torch.compiler.reset()  # it compiles a function for eight cases at most
     ready: dict[Candidate, tuple[int, float]] = {}  # extra memory, error
@@ -167,6 +178,7 @@ def measure_group(cases, op: Operation, impls, repeats, say, results: Results, c
     if ready:
         say(f"timing {len(ready)} candidates, interleaved")
         results.rows += timed_rows(ready, cases, op, repeats, device)
+    return results
 
 
 def check_key(case: Case, impl: str) -> tuple[Case, str]:

@@ -7,24 +7,19 @@ counts is the ratio of each round's pair: noise that lasts longer than a pair hi
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
-import subprocess
-import sys
 import tempfile
 import time
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-import ttt_kernels
-from ttt_kernels.cli import bench, bench_report, bench_worker
-from ttt_kernels.cli.bench_case import Case, Implementation, Operation
+from ttt_kernels.cli import bench, bench_report
+from ttt_kernels.cli.bench_base_trees import Tree, Worker, WorkerError, base_tree, current_tree, remote
+from ttt_kernels.cli.bench_case import Case, Operation
+from ttt_kernels.cli.bench_lines import JsonLines
 from ttt_kernels.cli.bench_registry import OPERATIONS
 from ttt_kernels.cli.errors import UserError
 from ttt_kernels.cli.measure import Timing, rounds, time_interleaved
@@ -34,146 +29,6 @@ WITH_IMPL = ("scan", "fast_weight_apply", "fast_weight_update_")  # the public o
 BY_NAME = ("reference", "eager", "triton", "cuda")
 PAUSE_SECONDS = 0.02  # idle threads of a process spin this long before they sleep
 CEILING_ROUNDS = 4
-HERE = Path(ttt_kernels.__file__).resolve().parents[1]
-
-
-# --- the other tree -------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Tree:
-    """A folder that holds the package. `label` goes behind the "@" of its rows; the current tree has
-    none."""
-
-    root: Path
-    label: str
-    commit: str | None
-
-
-@contextmanager
-def base_tree(ref: str) -> Iterator[Tree]:
-    """The package as a commit has it, exported for a while; or a folder with a tree of its own."""
-    if (Path(ref) / "ttt_kernels" / "__init__.py").is_file():
-        yield Tree(Path(ref).resolve(), Path(ref).resolve().name, None)
-        return
-    if shutil.which("git") is None:
-        raise UserError(f"--base {ref}: git is not installed, and no folder of this name has a ttt_kernels")
-    git(ref, "rev-parse", "--git-dir")
-    commit = git(ref, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
-    with tempfile.TemporaryDirectory() as scratch:
-        archive, root = Path(scratch) / "tree.zip", Path(scratch) / "tree"
-        git(ref, "archive", "--format=zip", f"--output={archive}", commit, "ttt_kernels")
-        with zipfile.ZipFile(archive) as packed:
-            packed.extractall(root)
-        yield Tree(root, ref, commit)
-
-
-def git(ref: str, *arguments: str) -> str:
-    """What git says of the repository around the package."""
-    done = subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True)
-    if done.returncode:
-        unknown = "neither a commit of this repository nor a folder with a ttt_kernels in it"
-        raise UserError(f"--base {ref}: {done.stderr.strip() or unknown}")
-    return done.stdout.strip()
-
-
-# --- a worker, seen from here ---------------------------------------------------------------------
-class WorkerError(Exception):
-    """What went wrong in a worker; `kind` is the type of its exception."""
-
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(f"{kind}: {text}")
-        self.kind = kind
-
-
-class Worker:
-    """The process of one tree; a context."""
-
-    def __init__(self, tree: Tree, scratch: Path) -> None:
-        self.tree, self.scratch = tree, scratch
-        self.process: subprocess.Popen | None = None
-
-    def start(self) -> None:
-        self.stop()
-        command = [sys.executable, bench_worker.__file__, str(self.tree.root), str(torch.get_num_threads())]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=self.scratch)
-        self.answer()
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
-
-    def __enter__(self) -> Worker:
-        try:
-            self.start()
-        except WorkerError as error:
-            self.stop()
-            raise UserError(f"--base: the package in {self.tree.root} cannot be imported: {error}") from None
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.stop()
-
-    def revive(self) -> None:
-        """A new process where this one has died."""
-        if self.process.poll() is not None:
-            self.start()
-
-    def row_name(self, impl: str) -> str:
-        return f"{impl}@{self.tree.label}" if self.tree.label else impl
-
-    def kind_of(self, failure: WorkerError) -> str:
-        """An older tree may lack things; the current one may only say that it cannot."""
-        fine = self.tree.label or failure.kind == "NotImplementedError"
-        return "skipped" if fine else "refused"
-
-    def ask(self, do: str, **request):
-        try:
-            self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it is dead, and `answer` says so
-        return self.answer()
-
-    def answer(self):
-        line = self.process.stdout.readline()
-        if not line:
-            raise WorkerError("WorkerDied", f"the process ended with code {self.process.wait()}")
-        fields = json.loads(line)
-        if "error" in fields:
-            raise WorkerError(fields["error"], fields["text"])
-        return fields["value"]
-
-
-class Remote(torch.autograd.Function):
-    """An operation that a worker computes, forward and backward, so that parity checks can have it."""
-
-    @staticmethod
-    def forward(ctx, worker: Worker, request: dict, options: dict, *leaves: Tensor):
-        ctx.save_for_backward(*leaves)
-        ctx.call = (worker, request, options)
-        results = computed(ctx.call, leaves, None)
-        return results[0] if len(results) == 1 else results
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads: Tensor):
-        leaves = ctx.saved_tensors
-        return None, None, None, *computed(ctx.call, leaves, list(grads))[-len(leaves) :]
-
-
-def computed(call: tuple, leaves: Sequence[Tensor], grads: list[Tensor] | None) -> tuple[Tensor, ...]:
-    worker, request, options = call
-    operands, results = worker.scratch / "operands.pt", worker.scratch / "results.pt"
-    torch.save({"leaves": list(leaves), "options": options, "grads": grads}, operands)
-    worker.ask("run", operands=str(operands), results=str(results), **request)
-    return tuple(t.to(leaves[0].device) for t in torch.load(results, weights_only=True))
-
-
-def remote(worker: Worker, op: str, impl: str, device: str) -> Implementation:
-    request = {"op": op, "impl": impl, "device": device}
-    return Implementation(lambda *leaves, **options: Remote.apply(worker, request, options, *leaves))
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -198,6 +53,13 @@ class Ratio:
 class Comparison:
     results: bench.Results = field(default_factory=bench.Results)
     ratios: list[Ratio] = field(default_factory=list)
+
+    def add(self, other: Comparison) -> None:
+        self.results.add(other.results)
+        self.ratios += other.ratios
+
+    def records(self) -> list[dict[str, object]]:
+        return [*self.results.records(), *(ratio.as_record() for ratio in self.ratios)]
 
 
 @dataclass(eq=False)
@@ -227,31 +89,43 @@ def measure(
     repeats: int | None,
     workers: tuple[Worker, Worker],
     say: Callable[[str], None] = lambda text: None,
+    keep: Callable[[list[dict]], None] = lambda records: None,
 ) -> Comparison:
-    """Check, load and time every case in both workers: the current tree's first, then the base's."""
+    """Check, load and time every case in both workers: the current tree's first, then the base's. `keep` gets
+    the records of those that share rounds as soon as they are there."""
     comparison = Comparison()
-    results = comparison.results
     for group in bench.grouped(cases):
-        op, checked = OPERATIONS[group[0].op], {}
-        for worker in workers:
-            worker.revive()
-            worker.ask("forget")
-        pairs = []
-        for case in group:
-            for impl in impls or default_impls(case, op):
-                left = not_comparable(case, impl, op)
-                found = [left] if left else check(case, impl, op, workers, checked, say)
-                results.left += found
-                pairs += [] if found else [Pair(case, impl, [checked[w, impl] for w in workers])]
-        pairs = [pair for pair in pairs if load(pair, op, workers, results)]
-        if pairs:
-            say(f"timing {len(pairs)} pairs, interleaved")
-            try:
-                results.rows += time_pairs(pairs, op, repeats, workers)
-            except WorkerError as failure:
-                results.left += [bench.Left(p.case, p.impl, "refused", str(failure)) for p in pairs]
-            else:
-                comparison.ratios += [pair.ratio(workers[1].tree.label) for pair in pairs]
+        found = compare(group, impls, repeats, workers, say)
+        keep(found.records())
+        comparison.add(found)
+    return comparison
+
+
+def compare(
+    group: Sequence[Case], impls: Sequence[str] | None, repeats: int | None, workers: tuple, say: Callable
+) -> Comparison:
+    """Cases that share rounds."""
+    comparison = Comparison()
+    results, op, checked = comparison.results, OPERATIONS[group[0].op], {}
+    for worker in workers:
+        worker.revive()
+        worker.ask("forget")
+    pairs = []
+    for case in group:
+        for impl in impls or default_impls(case, op):
+            left = not_comparable(case, impl, op)
+            found = [left] if left else check(case, impl, op, workers, checked, say)
+            results.left += found
+            pairs += [] if found else [Pair(case, impl, [checked[w, impl] for w in workers])]
+    pairs = [pair for pair in pairs if load(pair, op, workers, results)]
+    if pairs:
+        say(f"timing {len(pairs)} pairs, interleaved")
+        try:
+            results.rows += time_pairs(pairs, op, repeats, workers)
+        except WorkerError as failure:
+            results.left += [bench.Left(p.case, p.impl, "refused", str(failure)) for p in pairs]
+        else:
+            comparison.ratios += [pair.ratio(workers[1].tree.label) for pair in pairs]
     return comparison
 
 
@@ -357,16 +231,14 @@ def run(args: argparse.Namespace, cases: Sequence[Case], where: dict, console) -
     with ExitStack() as stack:
         base = stack.enter_context(base_tree(args.base))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        trees = Tree(HERE, "", None), base
+        trees = current_tree(), base
         workers = tuple(stack.enter_context(Worker(tree, scratch)) for tree in trees)
-        comparison = measure(cases, args.impl, args.repeats, workers, say)
+        where = {**where, "base": args.base, "base_commit": base.commit}
+        lines = stack.enter_context(JsonLines(args.output, where))
+        comparison = measure(cases, args.impl, args.repeats, workers, say, lines.add)
     results = comparison.results
-    where = {**where, "base": args.base, "base_commit": base.commit}
     bench_report.print_results(results, where, [])
     report(comparison, base)
-    if args.output:
-        records = [ratio.as_record() for ratio in comparison.ratios]
-        bench_report.write_json_lines(args.output, results, where, records)
     if args.plot and results.rows:
         bench_report.plot(args.plot, results, where)
     if not results.rows and not results.refused:

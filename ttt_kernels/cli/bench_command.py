@@ -17,8 +17,9 @@ from ttt_kernels.cli import (
     verify_tree,
 )
 from ttt_kernels.cli.arguments import positive_int
-from ttt_kernels.cli.bench import Results, measure_cases
+from ttt_kernels.cli.bench import measure_cases
 from ttt_kernels.cli.bench_case import ALL_MODES, DTYPES, MODES, SHAPES, Case
+from ttt_kernels.cli.bench_lines import JsonLines
 from ttt_kernels.cli.bench_registry import OPERATIONS
 from ttt_kernels.cli.bench_suites import SUITES, SWEEPS, Suite
 from ttt_kernels.cli.errors import UserError, require
@@ -106,8 +107,6 @@ def run(args: argparse.Namespace) -> int:
     if args.compare:
         return bench_compare.run(args)
     console = require("rich.console", "bench").Console(stderr=True)
-    if args.plot:
-        require("matplotlib", "bench")
     check_files(args)
     suite = make_suite(args)
     args.device = args.device or "cpu"
@@ -117,18 +116,21 @@ def run(args: argparse.Namespace) -> int:
         console.print(warning, style="yellow", highlight=False)
     if args.suite in MODEL_SUITES:
         args.repeats = args.repeats or FIXED_REPEATS
-    if args.suite in MODEL_SUITES:
         return MODEL_SUITES[args.suite](args, where, console)
     cases = grid(args) if suite is None else list(suite.cases)
     if args.base:
         return bench_base.run(args, cases, where, console)
     impls = args.impl or (None if suite is None else suite.impls)
-    results = measure_cases(
-        cases, impls, args.repeats, say=lambda text: console.print(text, style="dim")
-    )
-    targets = [] if suite is None else [t.judge(results) for t in suite.targets]
     where = where if suite is None else {**where, "suite": args.suite}
-    report(args, results, where, targets)
+    with JsonLines(args.output, where) as lines:
+        results = measure_cases(
+            cases, impls, args.repeats, say=lambda text: console.print(text, style="dim"), keep=lines.add
+        )
+        targets = [] if suite is None else [t.judge(results) for t in suite.targets]
+        lines.add(targets)
+    bench_report.print_results(results, where, targets)
+    if args.plot and results.rows:
+        bench_report.plot(args.plot, results, where)
     if not results.rows and not results.refused:
         raise UserError("nothing was measured: every combination was skipped, for the reasons above")
     return 1 if results.refused else 0
@@ -139,6 +141,10 @@ def check_files(args: argparse.Namespace) -> None:
     for name, path in (("output", args.output), ("plot", args.plot)):
         if path is not None and (path.is_dir() or not verify_tree.writable(path.parent)):
             raise UserError(f"--{name} must be a file in a folder that can be written into, got {path}")
+    if args.plot:
+        known = require("matplotlib.backend_bases", "bench").FigureCanvasBase.get_supported_filetypes()
+        if args.plot.suffix[1:] not in known:
+            raise UserError(f"--plot must end in one of {', '.join(sorted(known))}, got {args.plot}")
 
 
 def make_suite(args: argparse.Namespace) -> Suite | None:
@@ -193,11 +199,3 @@ def check_suite(args: argparse.Namespace, device: str) -> None:
     if args.device not in (None, device):
         raise UserError(f"--suite {args.suite} is defined for --device {device}, got {args.device}")
     args.device = device
-
-
-def report(args: argparse.Namespace, results: Results, where: dict, targets: list[dict]) -> None:
-    bench_report.print_results(results, where, targets)
-    if args.output:
-        bench_report.write_json_lines(args.output, results, where, targets)
-    if args.plot and results.rows:
-        bench_report.plot(args.plot, results, where)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import ttt_kernels as ttt
 from ttt_kernels.cli import bench_report, fast_weights
+from ttt_kernels.cli.bench_lines import JsonLines
 from ttt_kernels.cli.bench_suites import Target
 from ttt_kernels.cli.demo_model import Subject, load_subject, load_text
 from ttt_kernels.cli.errors import UserError
@@ -65,7 +66,6 @@ class ModelRow:
 @dataclass
 class ModelResults:
     rows: list[ModelRow] = field(default_factory=list)
-    left: tuple = ()  # nothing is refused or skipped here
 
     def ratio(self, call: str) -> float | None:
         return next((row.ratio for row in self.rows if row.call == call), None)
@@ -94,12 +94,13 @@ def run(args: argparse.Namespace, where: dict, console) -> int:
     need = max(sizes.prefill, sizes.prompt + args.repeats * sizes.chunk_size)
     ids = torch.tensor([subject.encode(text.content)[:need]])
     patched = patched_twin(subject, sizes)
-    results = measure({PLAIN: subject.model, PATCHED: patched}, ids, sizes, args.repeats, say)
-    targets = [t.judge(results) for t in TARGETS]
     where = {**where, "model": subject.name, "text": text.name}
+    with JsonLines(args.output, where) as lines:
+        models = {PLAIN: subject.model, PATCHED: patched}
+        results = measure(models, ids, sizes, args.repeats, say, lines.add)
+        targets = [t.judge(results) for t in TARGETS]
+        lines.add(targets)
     report(results, where, targets)
-    if args.output:
-        bench_report.write_json_lines(args.output, results, where, targets)
     return 0
 
 
@@ -122,6 +123,7 @@ def measure(
     sizes: Sizes,
     repeats: int,
     say: Say = lambda text: None,
+    keep: Callable[[list[dict]], None] = lambda records: None,
 ) -> ModelResults:
     """`ids` [1, T]: at least `prefill` tokens, and `prompt` + `repeats` chunks."""
     turns = Turns(models, ids)
@@ -130,6 +132,7 @@ def measure(
     def add(call: str, tokens: int, times: dict[str, Timing]) -> None:
         held = ttt.FastWeightState.of(turns.caches[PATCHED]).nbytes
         results.rows.append(row_of(call, tokens, times, held))
+        keep([results.rows[-1].as_record()])
 
     say(f"prefill of {sizes.prefill} tokens, {repeats} interleaved rounds")
     turns.restart(sizes.chunk_size)  # the first call of a process is slow

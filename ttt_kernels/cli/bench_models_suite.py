@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import ttt_kernels as ttt
 from ttt_kernels.cli import bench_report
+from ttt_kernels.cli.bench_lines import JsonLines
 from ttt_kernels.cli.bench_models import (
     DECODE,
     PATCHED,
@@ -104,20 +105,24 @@ def run(args: argparse.Namespace, where: dict, console) -> int:
     def say(text: str) -> None:
         console.print(text, style="dim", highlight=False)
 
-    for name in NAMES:
-        say(f"loading {name}")
-        try:
-            subject = load(name, plan_for(name, device), device)
-            results.rows += measure(subject, args.repeats, say)
-        except (Skip, torch.OutOfMemoryError) as error:
-            results.left.append(ModelLeft(name, "skipped", str(error)))
-        except WrongResults as error:
-            results.left.append(ModelLeft(name, "refused", str(error)))
-        subject = None
-        gc.collect()  # hooks of a patched model refer to one another
+    with JsonLines(args.output, where) as lines:
+        for name in NAMES:
+            say(f"loading {name}")
+            found: list[ShapeRow | ModelLeft] = []
+            try:
+                subject = load(name, plan_for(name, device), device)
+                found = measure(subject, args.repeats, say)
+                results.rows += found
+            except (Skip, torch.OutOfMemoryError) as error:
+                found = [ModelLeft(name, "skipped", str(error))]
+                results.left += found
+            except WrongResults as error:
+                found = [ModelLeft(name, "refused", str(error))]
+                results.left += found
+            lines.add(line.as_record() for line in found)
+            subject = None
+            gc.collect()  # hooks of a patched model refer to one another
     report(results, where)
-    if args.output:
-        bench_report.write_json_lines(args.output, results, where, [])
     if not results.rows and not results.left:
         raise UserError("nothing was measured")
     return 1 if any(left.kind == "refused" for left in results.left) else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -107,18 +106,6 @@ def targets_table(targets: list[dict]):
         value = "-" if target["measured"] is None else f"{target['measured']:.3g}"
         table.add_row(target["target"], target["wanted"], value, words[target["reached"]])
     return table
-
-
-def write_json_lines(path: Path, results: Results, environment: dict, targets: list[dict]) -> None:
-    """The environment first, then one line per result, row left out and target."""
-    records = [
-        {"kind": "environment", **environment},
-        *(r.as_record() for r in results.rows),
-        *(x.as_record() for x in results.left),
-        *targets,
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
 
 
 def plot(path: Path, results: Results, environment: dict) -> None:

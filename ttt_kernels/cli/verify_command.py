@@ -48,6 +48,7 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> int:
     begun, now = time.monotonic(), datetime.now(timezone.utc)
     tree = verify_tree.find_tree()
+    check_patterns(args.stage, tree)
     files = verify_tree.source_files(tree)
     state = verify_tree.version(tree, files)
     output = output_folder(args.output, tree, f"{now:%Y%m%d-%H%M%S}-{state.short}")
@@ -195,14 +196,23 @@ class Verification:
         say(f"added to {ledger} and {self.tree / rows}" if lines else f"added to {ledger}")
 
 
+def check_patterns(patterns: Sequence[str] | None, tree: Path) -> None:
+    """Before anything is copied: a pattern names a stage of a machine with a GPU, or of one without."""
+    machines = {}, {"gpus": ["any"]}
+    places = [Place(tree, Path(), _config.compiling_environment(), machine) for machine in machines]
+    known = dict.fromkeys(s.name for place in places for p in verify_stages.phases(place) for s in p.stages)
+    for pattern in patterns or ():
+        if not matching(known, [pattern]):
+            raise UserError(f"--stage {pattern} names none of: {', '.join(known)}")
+
+
 def choose(phases: Sequence[Phase], patterns: Sequence[str] | None) -> list[Phase]:
     """The stages that a pattern names, and those they need."""
     if patterns is None:
         return list(phases)
     stages = {stage.name: stage for phase in phases for stage in phase.stages}
-    for pattern in patterns:
-        if not matching(stages, [pattern]):
-            raise UserError(f"--stage {pattern} names none of: {', '.join(stages)}")
+    if not matching(stages, patterns):
+        raise UserError(f"--stage {' '.join(patterns)}: on this machine there is none of these")
     names = matching(stages, patterns)
     names |= {stages[name].needs for name in names}
     return [replace(phase, stages=[s for s in phase.stages if s.name in names]) for phase in phases]
