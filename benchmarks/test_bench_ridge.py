@@ -22,8 +22,8 @@ RIDGE = OPERATIONS["ridge_write"]
 @pytest.mark.parametrize("impl", [name for name in RIDGE.implementations if name != COMPILED])
 def test_bench(benchmark, impl, tokens):
     case = Case("ridge_write", "ci", d=128, f=384, tokens=tokens, chunk_size=tokens)
-    benchmark.group = f"ridge_write T={tokens}"
-    benchmark.extra_info["gflop"] = RIDGE.flops(case)[0] / 1e9
-    benchmark.extra_info["error_ratio"] = error = RIDGE.parity(case, RIDGE, impl)
+    benchmark.group, op = f"ridge_write T={tokens}", RIDGE.of(impl)
+    benchmark.extra_info["gflop"] = op.flops(case)[0] / 1e9
+    benchmark.extra_info["error_ratio"] = error = op.parity(case, op, impl)
     assert error <= 1
-    benchmark(bind(case, impl, RIDGE, Ring(RIDGE.operands(case, case.inputs()), cache=0)).call)
+    benchmark(bind(case, impl, RIDGE, Ring(op.operands(case, case.inputs()), cache=0)).call)

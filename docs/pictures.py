@@ -84,16 +84,22 @@ def streaming(machine: str) -> None:
 @torch.no_grad()
 def ridge(machine: str) -> None:
     d, f, lengths = 1024, 3072, (256, 512, 1024, 2048, 3072, 4096)
-    calls = {"released (LU, F right-hand sides)": [], "ridge_write (Cholesky, D right-hand sides)": []}
+    calls = {
+        "released (LU, F right-hand sides)": [],
+        "ridge_write (Cholesky, D right-hand sides)": [],
+        "ridge_write, y given": [],
+    }
     for n in lengths:
         data = testing.make_inputs(1, n + 1, d, f)
         arguments = (data.z, data.x, data.w0, data.proj)
+        y = data.z @ data.w0.T
         runs = (
             lambda a=arguments: released.ridge_write(a[0][0], a[1][0], *a[2:]),
             lambda a=arguments: ttt.ridge_write(*a),
+            lambda a=arguments, y=y: ttt.ridge_write(*a, y=y),
         )
-        seconds = [[], []]
-        for _ in range(4):
+        seconds = [[], [], []]
+        for _ in range(8):
             for run, times in zip(runs, seconds, strict=True):
                 start = time.perf_counter()
                 run()
@@ -103,9 +109,9 @@ def ridge(machine: str) -> None:
 
     figure = Figure(figsize=(7.5, 4.4), layout="constrained")
     axis = figure.subplots()
-    for (label, milliseconds), color in zip(calls.items(), ("0.55", "tab:blue"), strict=True):
+    for (label, milliseconds), color in zip(calls.items(), ("0.55", "tab:cyan", "tab:blue"), strict=True):
         axis.plot(lengths, milliseconds, "o-", color=color, label=label)
-    slow, fast = calls.values()
+    slow, _, fast = calls.values()
     for n, a, b in zip(lengths, slow, fast, strict=True):
         axis.annotate(
             f"{a / b:.1f}x", (n, a), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import ttt_kernels as ttt
 from ttt_kernels.modules.state import FastWeightState
+from ttt_kernels.patch import adapt as adapting
 
 OPTIONS = {"lam": 0.5, "eta": 0.8, "cap": 0.7}
 CASES = {
@@ -69,6 +70,17 @@ def new_cache():
 
 def continued(plain, cache, x: Tensor, extra: Tensor) -> Tensor:
     return plain(torch.cat([x[:, -1:], extra], 1), past_key_values=copy.deepcopy(cache)).logits
+
+
+@pytest.mark.parametrize("dtype, changes, known", [
+    (torch.float32, {}, True), (torch.float32, {"mlp_bias": True}, False), (torch.bfloat16, {}, False),
+])  # fmt: skip
+def test_outputs_of_the_forward_are_used_where_they_are_exact(monkeypatch, dtype, changes, known):
+    given, write = [], adapting.ridge_write
+    spy = lambda *args, y, **options: given.append(y is not None) or write(*args, y=y, **options)  # noqa: E731
+    monkeypatch.setattr(adapting, "ridge_write", spy)
+    with ttt.adapt(tiny.patched("llama", **changes).to(dtype).eval(), tiny.ids(2, 20)):
+        assert given == [known] * len(tiny.LAYERS)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -41,8 +41,10 @@ def ridge_samples(dtype):
     """Arguments of the raw op."""
     for tokens in (1, SHORT, LONG):
         z, x, w0, proj = prompt(tokens, batch=2, dtype=dtype)
-        yield "ridge_write", ([*z], [*x], w0, proj, 1.0, 0.1, 0.1, 20, 1, True)
-    yield "ridge_write", ([z[0], z[1, :9]], [x[0], x[1, :9]], w0, None, 1.0, 0.1, None, None, 2, False)
+        yield "ridge_write", ([*z], [*x], w0, proj, [], 1.0, 0.1, 0.1, 20, 1, True)
+    y = [z[0] @ w0.T, z[1, :9] @ w0.T]
+    y = [part.to(registration.compute_dtype(z, x, w0, None)) for part in y]
+    yield "ridge_write", ([z[0], z[1, :9]], [x[0], x[1, :9]], w0, None, y, 1.0, 0.1, None, None, 2, False)
 
 
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.bfloat16])
@@ -99,7 +101,7 @@ def test_dual_and_primal_agree(monkeypatch):
 def test_form_follows_the_shape():
     z, x, w0, proj = prompt(F + 1)
     for last_k, dual in ((F - 1, True), (F, False)):
-        assert eager.Pairs.of(z[0], x[0], w0, proj, last_k, 1).dual is dual
+        assert eager.Pairs.of(z[0], x[0], w0, proj, None, last_k, 1).dual is dual
 
 
 @pytest.mark.parametrize("token, gram", [(1, 1), (3, 2), (5, 64), (64, 5)])
@@ -119,6 +121,29 @@ def test_delta_is_the_minimiser():
     keys, targets = z[0, :-1], (x[0] @ proj)[1:]
     gradient = (keys @ (w0 + delta).T - targets).T @ keys + 0.7 * delta
     assert gradient.norm() < 1e-12 * (targets.T @ keys).norm()
+
+
+@pytest.mark.parametrize("last_k", [None, 5, 20])
+@pytest.mark.parametrize("shift", [1, 3])
+def test_known_outputs_spare_their_product(shift, last_k):
+    """Of whole prompts, whatever pairs are used; wrong ones show that they were."""
+    z, x, w0, proj = prompt(LONG, batch=2)
+    z, x = [z[0], z[1, :SHORT]], [x[0], x[1, :SHORT]]
+    y, options = [part @ w0.T for part in z], {"shift": shift, "last_k": last_k}
+    want = written(z, x, w0, proj, **options)
+    assert_close(written(z, x, w0, proj, y=y, **options), want, 1e-12)
+    zero = ttt.ridge_write(z, x, torch.zeros_like(w0), proj, **options).delta
+    wrong = ttt.ridge_write(z, x, w0, proj, y=[torch.zeros_like(part) for part in y], **options).delta
+    assert error(wrong, zero) < 1e-12 and error(want["delta"], zero) > 1e-3
+
+
+def test_outputs_do_not_limit_the_precision_of_a_second_try():
+    data = make_inputs(1, 20, 48, 300)
+    z, x = (t.repeat(1, 10, 1) for t in (data.z, data.x))
+    z = z * 30
+    z[:, 3] *= 50
+    arguments = (z, x, data.w0, data.proj)
+    assert_same(written(*arguments, y=z @ data.w0.T), written(*arguments))
 
 
 @pytest.mark.parametrize("preserve", [False, True])
@@ -197,6 +222,21 @@ def test_an_ill_conditioned_prompt_is_solved_in_float64(tokens):
     assert error(literal.double(), exact.delta[0]) > 5e-5
 
 
+@pytest.mark.parametrize("size", [1, 4, 5, 23])
+def test_factor(size, monkeypatch):
+    """Block by block, of the lower triangle alone; where it fails it says so."""
+    monkeypatch.setattr(eager, "FACTOR_TILE", 4)
+    a = randn(size, 30, dtype=DOUBLE)
+    a = a @ a.T + torch.eye(size, dtype=DOUBLE)
+    for sign, fine in ((1, True), (-1, False)):
+        a[-1, -1] *= sign  # the last block is where it fails
+        factor = eager.square(size, a, zero=False).copy_(a)
+        factor += torch.full_like(a, torch.nan).triu(1)
+        assert eager.factorise_(factor) is fine
+        if fine:
+            assert error(factor.tril(), torch.linalg.cholesky(a)) < 1e-14
+
+
 # Citizenship
 
 
@@ -241,6 +281,11 @@ BAD = [
      "proj must have shape [D, D] = (5, 5) to match w0, got (5, 12)"),
     ({"w0": torch.zeros(D, F, device="meta"), "proj": None}, ValueError,
      "z[0] must be on the device of w0, meta, got cpu"),
+    ({"y": torch.zeros(2, LONG, F)}, ValueError,
+     "y[0] must have shape [T_b, D] = (40, 5) to match x[0], got (40, 12)"),
+    ({"y": torch.zeros(1, LONG, D)}, ValueError, "y must have as many prompts as z, 2, got 1"),
+    ({"y": torch.zeros(2, LONG, D).bfloat16()}, TypeError,
+     "y[0] must be float32, the compute precision, got bfloat16"),
     ({"lam": 0}, ValueError, "lam must be positive and finite, got 0"),
     ({"eta": float("inf")}, ValueError, "eta must be finite, got inf"),
     ({"cap": -1.0}, ValueError, "cap must be positive and finite, got -1.0"),

@@ -110,11 +110,21 @@ def ridge_flops(case: Case) -> Pair:
     return case.batch * (common + n * pairs * f + n**3 // 3 + 2 * n * n * d), 0
 
 
+def ridge_known_flops(case: Case) -> Pair:
+    """With z w0^T given: 2 N D F less."""
+    return ridge_flops(case)[0] - 2 * case.batch * (case.tokens - 1) * case.d * case.f, 0
+
+
 def ridge_bytes(case: Case) -> Pair:
     """Reads z, x, w0, P and writes the update: s (B T (F + D) + D F + D^2) + a B D F."""
     s, a = sizes(case)
     d, f = case.d, case.f
     return s * (rows(case) * (f + d) + d * f + d * d) + a * case.batch * d * f, 0
+
+
+def ridge_known_bytes(case: Case) -> Pair:
+    """Reads y too: a B T D more."""
+    return ridge_bytes(case)[0] + sizes(case)[1] * rows(case) * case.d, 0
 
 
 # --- targets --------------------------------------------------------------------------------------

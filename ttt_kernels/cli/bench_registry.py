@@ -19,7 +19,7 @@ from torch import Tensor
 import ttt_kernels as ttt
 from ttt_kernels._config import chosen_implementation
 from ttt_kernels.cli import bench_formulas as formulas
-from ttt_kernels.cli.bench_baselines import FLOORED, implementations, why_not_named
+from ttt_kernels.cli.bench_baselines import FLOORED, REFERENCE, implementations, why_not_named
 from ttt_kernels.cli.bench_case import DTYPES, PREFILL, Case, Implementation, Operands, Operation
 from ttt_kernels.cli.bench_formulas import CONV_TAPS
 from ttt_kernels.cli.bench_parity import reference_parity, scan_parity
@@ -183,19 +183,47 @@ def ridge_operands(case: Case, data: ScanInputs) -> Operands:
     return Operands((data.z, data.x, data.w0, data.proj), {}, data.dy)
 
 
-def released_ridge(z: Tensor, x: Tensor, w0: Tensor, proj: Tensor) -> Tensor:
+def ridge_known_operands(case: Case, data: ScanInputs) -> Operands:
+    """With the outputs that the forward before the write has computed."""
+    z, x, w0, proj = ridge_operands(case, data).leaves
+    acc = compute_dtype(z.dtype)
+    return Operands((z, x, w0, proj, z.to(acc) @ w0.to(acc).mT), {}, data.dy)
+
+
+def released_ridge(z: Tensor, x: Tensor, w0: Tensor, proj: Tensor, y: Tensor | None = None) -> Tensor:
+    """It computes its outputs, whoever has them."""
     return torch.stack(
         [ridge_reference.ridge_write(a, b, w0, proj)[1] for a, b in zip(z, x, strict=True)]
     )
 
 
-def ridge_delta(*leaves: Tensor) -> Tensor:
-    return ttt.ridge_write(*leaves).delta
+def ridge_delta(*leaves: Tensor, y: Tensor | None = None) -> Tensor:
+    return ttt.ridge_write(*leaves, y=y).delta
+
+
+def ridge_known_delta(*leaves: Tensor) -> Tensor:
+    *leaves, y = leaves
+    return ridge_delta(*leaves, y=y)
 
 
 def ridge_gemms(case: Case) -> formulas.Products:
     return (case.tokens, case.f, case.d), (case.d, case.tokens, case.f)
 
+
+RIDGE_KNOWN = Operation(
+    operands=ridge_known_operands,
+    implementations={
+        REFERENCE: Implementation(released_ridge),
+        "eager-outputs": Implementation(ridge_known_delta),
+    },
+    flops=formulas.ridge_known_flops,
+    traffic=formulas.ridge_known_bytes,
+    gemms=ridge_gemms,
+    slack=GRAM_SLACK,
+    modes=("fwd",),
+    parity=reference_parity,
+    use="ridge",
+)
 
 OPERATIONS: dict[str, Operation] = {
     "scan": Operation(
@@ -236,7 +264,10 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "ridge_write": Operation(
         operands=ridge_operands,
-        implementations=implementations(released_ridge, lambda impl: ridge_delta, kernels=("eager",)),
+        implementations={
+            **implementations(released_ridge, lambda impl: ridge_delta, kernels=("eager",)),
+            "eager-outputs": Implementation(ridge_known_delta, instead=RIDGE_KNOWN),
+        },
         flops=formulas.ridge_flops,
         traffic=formulas.ridge_bytes,
         gemms=ridge_gemms,

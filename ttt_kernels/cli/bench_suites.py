@@ -229,7 +229,7 @@ def cpu() -> Suite:
         for row in (("fast_weight_apply", 1, 1), ("fast_weight_update_", 256, 256))
         for batch in (1, 8)
     ]
-    ridge = [case("ridge_write", t, t) for t in (1024, 4096)]  # fewer pairs than F, and more
+    ridge = [case("ridge_write", t, t) for t in (1024, 2049, 4096)]  # fewer pairs than F, and more
     return Suite((*scans, prefill, *others, *decode, *ridge, *SWEEPS["cpu"].cases()))
 
 

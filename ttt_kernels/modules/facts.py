@@ -31,7 +31,7 @@ class BatchFacts:
         state: what this layer carries from call to call, moved on by this one. Not together with
             `cu_seqlens`. None: every sequence starts from the slow weight and nothing is kept.
         disabled: compute the plain MLP; nothing is read or written.
-        observe: with `disabled`, called with the MLP, its input x and its keys z.
+        observe: with `disabled`, called with the MLP, its input x, its keys z and its output y.
     """
 
     valid: Tensor | None = None
@@ -40,7 +40,7 @@ class BatchFacts:
     lengths: Sequence[int] | None = None
     state: LayerState | None = None
     disabled: bool = False
-    observe: Callable[[nn.Module, Tensor, Tensor], None] | None = None
+    observe: Callable[[nn.Module, Tensor, Tensor, Tensor], None] | None = None
 
 
 @dataclass(frozen=True, eq=False)

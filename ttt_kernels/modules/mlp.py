@@ -138,8 +138,10 @@ class FastWeightMLP(nn.Module):
             z = self._keys(x)
             if facts.observe is not None:
                 self._require_whole("be written in closed form")
-                facts.observe(self, x, z)
-            return self.down_proj(z, scan=getattr(self.read_write, "plain", PLAIN))
+            y = self.down_proj(z, scan=getattr(self.read_write, "plain", PLAIN))
+            if facts.observe is not None:
+                facts.observe(self, x, z, y)
+            return y
         u = self._source(x, facts)
         if facts.valid is not None:
             rows = RowOrder.of(facts.valid)

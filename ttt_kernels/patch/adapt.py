@@ -19,6 +19,7 @@ from ttt_kernels.modules.mlp import FastWeightMLP
 from ttt_kernels.modules.sharding import is_sharded
 from ttt_kernels.modules.state import FastWeightState
 from ttt_kernels.ops.ridge.api import RidgeWrite, ridge_write
+from ttt_kernels.ops.ridge.registration import compute_dtype
 from ttt_kernels.patch.families import find_decoder
 from ttt_kernels.patch.hooks import KWARG, disabled, model_hook
 
@@ -228,14 +229,17 @@ class Fit:
     def __init__(self, state: LayerState, prompts: Prompts, options: dict) -> None:
         self.state, self.prompts, self.options = state, prompts, options
 
-    def __call__(self, mlp: FastWeightMLP, x: Tensor, z: Tensor) -> None:
-        """x [B, T, D], z [B, T, F] of the layer."""
-        z, w0 = self.prompts.split(z), mlp.slow_weight.detach()
+    def __call__(self, mlp: FastWeightMLP, x: Tensor, z: Tensor, y: Tensor) -> None:
+        """x [B, T, D], z [B, T, F] and y [B, T, D] of the layer."""
+        w0, usable = mlp.slow_weight.detach(), mlp.down_proj.bias is None
+        z, y = self.prompts.split(z), self.prompts.split(y)
         shift = self.options["shift"]
         options = {**self.options, "shift": mlp.rule.horizon if shift is None else shift}
 
         def write(x: Tensor, proj: Tensor | None) -> RidgeWrite:
-            return ridge_write(z, self.prompts.split(x), w0, proj, **options)
+            x = self.prompts.split(x)
+            known = usable and y[0].dtype == compute_dtype(z, x, w0, proj)
+            return ridge_write(z, x, w0, proj, y=y if known else None, **options)
 
         self._keep(write(x, None) if mlp.ttt_proj is None else mlp.ttt_proj(x, write), w0)
 
@@ -272,7 +276,7 @@ def _read_plainly(model: nn.Module, prompts: Prompts, fits: Mapping[nn.Module, F
             position_ids=_positions(prompts.attention_mask),
             past_key_values=cache,
             use_cache=True,
-            **{KWARG: BatchFacts(disabled=True, observe=lambda mlp, x, z: fits[mlp](mlp, x, z))},
+            **{KWARG: BatchFacts(disabled=True, observe=lambda mlp, *seen: fits[mlp](mlp, *seen))},
         )
     cache.crop(-1)
     return cache if cache.get_seq_length() else DynamicCache()  # keys of no tokens are not expanded

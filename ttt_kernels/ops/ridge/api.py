@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ttt_kernels.ops import _checks as check
 from ttt_kernels.ops.ridge import validation
-from ttt_kernels.ops.ridge.registration import ridge_write_op
+from ttt_kernels.ops.ridge.registration import compute_dtype, ridge_write_op
 
 
 class RidgeWrite(NamedTuple):
@@ -28,6 +28,7 @@ def ridge_write(
     w0: Tensor,
     proj: Tensor | None,
     *,
+    y: Tensor | Sequence[Tensor] | None = None,
     lam: float = 1.0,
     eta: float = 0.1,
     cap: float | None = 0.1,
@@ -53,6 +54,8 @@ def ridge_write(
         x: MLP inputs [B, T, D], or [T_b, D] per prompt. The dtypes of z, x, w0 and proj may differ.
         w0: slow weight [D, F]: `down_proj.weight`.
         proj: [D, D], used as stored, or None for the identity.
+        y: plain outputs z @ w0^T [B, T, D], or [T_b, D] per prompt, in the compute precision, where the
+            forward has kept them: the product is then left out. Their values are trusted. None: computed.
         lam: ridge, > 0.
         eta: step size.
         cap: largest norm of the write as a share of that of w0; None = no cap.
@@ -68,7 +71,8 @@ def ridge_write(
         in float64.
     Determinism: bitwise repeatable; a prompt's bits do not depend on the others.
     Cost: with N pairs and n = min(N, F), per prompt 2 N D^2 + 4 N D F + n N F (1 + 256 / n) + n^3 / 3
-        + 2 n^2 D FLOPs. Extra memory: n (n + D) values and tiles of 1024 tokens, doubled in float64.
+        + 2 n^2 D FLOPs, 2 N D F less with y. Extra memory: n (n + D) values and tiles of 1024 tokens,
+        doubled in float64.
     Limits: for inference: no gradient is recorded. Synchronises with a GPU.
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or value; keys or a write
@@ -79,6 +83,10 @@ def ridge_write(
     validation.check_weights(w0, proj)
     z, x = validation.prompts("z", z, "F"), validation.prompts("x", x, "D")
     validation.check_prompts(z, x, w0)
+    acc = compute_dtype(z, x, w0, proj)
+    y = () if y is None else validation.prompts("y", y, "D")
+    if y:
+        validation.check_outputs(y, x, w0, acc)
     lam = check.check_finite_number("lam", lam, positive=True)
     eta = check.check_finite_number("eta", eta)
     if cap is not None:
@@ -89,6 +97,6 @@ def ridge_write(
     check.check_bool("preserve_row_norm", preserve_row_norm)
     with torch.no_grad():
         result = ridge_write_op(
-            z, x, w0, proj, lam, eta, cap, last_k, shift, preserve_row_norm
+            z, x, w0, proj, y, lam, eta, cap, last_k, shift, preserve_row_norm
         )
     return RidgeWrite(*result)

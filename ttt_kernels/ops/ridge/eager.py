@@ -24,10 +24,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ttt_kernels.types import NORM_FLOOR, tiles
+from ttt_kernels.types import NORM_FLOOR, ceil_div, tiles
 
 TOKEN_TILE = 1024  # tokens raised to the compute precision at a time
 GRAM_TILE = 256  # rows of a Gram matrix formed at a time: N + 128 instead of N / 2 columns on average
+FACTOR_TILE = 256  # columns of a Gram matrix factorised at a time
 TOLERANCE = 1e-3
 
 
@@ -35,19 +36,22 @@ TOLERANCE = 1e-3
 class Pairs:
     """N pairs of a key and of what its target is made from.
 
-    keys [N, F] and source [N, D] as stored; w0 [D, F] and proj [D, D] in the compute precision.
+    keys [N, F] and source [N, D] as stored; w0 [D, F] and proj [D, D] in the compute precision, and so
+    plain [N, D], what w0 makes of the keys, where that is known.
     """
 
     keys: Tensor
     source: Tensor
     w0: Tensor
     proj: Tensor | None
+    plain: Tensor | None = None
 
     @classmethod
-    def of(cls, z, x, w0, proj, last_k: int | None, shift: int) -> Pairs:
+    def of(cls, z, x, w0, proj, y, last_k: int | None, shift: int) -> Pairs:
         count = max(len(z) - shift, 0)
         first = 0 if last_k is None else max(count - last_k, 0)
-        return cls(z[first:count], x[first + shift : count + shift], w0, proj)
+        plain = None if y is None else y[first:count]
+        return cls(z[first:count], x[first + shift : count + shift], w0, proj, plain)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,6 +62,7 @@ class Pairs:
         return len(self.keys) < self.keys.shape[1]
 
     def to(self, dtype: torch.dtype) -> Pairs:
+        """With `plain` anew: the known one is no better than the precision it came in."""
         proj = None if self.proj is None else self.proj.to(dtype)
         return Pairs(self.keys, self.source, self.w0.to(dtype), proj)
 
@@ -72,6 +77,8 @@ class Pairs:
             out.copy_(source)
         else:
             torch.mm(source, self.proj, out=out)
+        if self.plain is not None:
+            return out.sub_(self.plain[tokens])
         return out.addmm_(self.key_tile(tokens), self.w0.t(), alpha=-1)
 
 
@@ -93,7 +100,7 @@ def dual_sums(pairs: Pairs) -> tuple[Tensor, Tensor]:
             rows = slice(a, min(a + GRAM_TILE, count))
             width = min(rows.stop, columns.stop) - columns.start
             part = slice(columns.start, columns.start + width)
-            gram[rows, part] = pairs.key_tile(rows) @ keys[:width].t()
+            torch.mm(pairs.key_tile(rows), keys[:width].t(), out=gram[rows, part])
     return gram, residual
 
 
@@ -110,6 +117,22 @@ def primal_sums(pairs: Pairs) -> tuple[Tensor, Tensor]:
     return gram, cross
 
 
+def factorise_(gram: Tensor) -> bool:
+    """gram <- its Cholesky factor, in the lower triangle, block column by block column; False where it has
+    none. At once torch's would clear the upper triangle too, which costs as much as the factor."""
+    size = len(gram)
+    infos = torch.zeros(ceil_div(size, FACTOR_TILE), dtype=torch.int32, device=gram.device)
+    for n, columns in enumerate(tiles(size, FACTOR_TILE)):
+        done, width = columns.start, columns.stop - columns.start
+        part = gram[done:, columns]
+        if done:
+            part.addmm_(gram[done:, :done], gram[columns, :done].mT, alpha=-1)
+        corner, below = part[:width], part[width:]
+        torch.linalg.cholesky_ex(corner, out=(corner, infos[n]))
+        torch.linalg.solve_triangular(corner.mT, below, upper=True, left=False, out=below)
+    return not bool(infos.any())
+
+
 def solve_(gram: Tensor, right: Tensor, lam: float) -> bool:
     """right <- (gram + lam I)^{-1} right, from the lower triangle of `gram`, which is overwritten.
 
@@ -117,9 +140,7 @@ def solve_(gram: Tensor, right: Tensor, lam: float) -> bool:
     too ill-conditioned to be trusted.
     """
     gram.diagonal().add_(lam)
-    info = torch.empty((), dtype=torch.int32, device=gram.device)
-    torch.linalg.cholesky_ex(gram, out=(gram, info))
-    if info.item():
+    if not factorise_(gram):
         return False
     low, high = torch.aminmax(gram.diagonal())
     condition = (high.double() / low.double()).square().item()  # a lower bound, tight enough
@@ -167,6 +188,7 @@ def write(
     x: Sequence[Tensor],
     w0: Tensor,
     proj: Tensor | None,
+    y: Sequence[Tensor],
     lam: float,
     eta: float,
     cap: float | None,
@@ -175,21 +197,23 @@ def write(
     preserve_row_norm: bool,
     acc: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """weight and delta [B, D, F], eta [B], in `acc`; z [T_b, F] and x [T_b, D] of each prompt."""
+    """weight and delta [B, D, F], eta [B], in `acc`; z [T_b, F] and x [T_b, D] of each prompt, and
+    y [T_b, D] of each or of none."""
     size = (len(z), *w0.shape)
     weight, delta = w0.new_empty(size, dtype=acc), w0.new_empty(size, dtype=acc)
     used = w0.new_full((len(z),), eta, dtype=acc)
     proj = None if proj is None else proj.to(acc)
-    for b, (keys, source) in enumerate(zip(z, x, strict=True)):
+    for b, (keys, source, plain) in enumerate(zip(z, x, y or [None] * len(z), strict=True)):
         start = weight[b].copy_(w0)
-        pairs = Pairs.of(keys, source, start, proj, last_k, shift)
+        pairs = Pairs.of(keys, source, start, proj, plain, last_k, shift)
         if not len(pairs.keys):
             delta[b] = 0
             continue
         fit_or_raise(pairs, lam, delta[b], b)
         norm = torch.linalg.vector_norm(delta[b])
         if not bool(torch.isfinite(norm)):
-            raise ValueError(f"x, w0 and proj must be finite, got a write of norm {norm} in prompt {b}")
+            names = "x, w0 and proj" if plain is None else "x, w0, proj and y"
+            raise ValueError(f"{names} must be finite, got a write of norm {norm} in prompt {b}")
         if cap is not None and norm > 0:
             used[b].clamp_(max=cap * torch.linalg.vector_norm(start) / norm)
         target = torch.linalg.vector_norm(start, dim=1)

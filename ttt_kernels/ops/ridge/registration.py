@@ -8,18 +8,18 @@ from ttt_kernels.ops._library import register_op
 from ttt_kernels.ops.ridge import eager
 
 
-def _dtype(z, x, w0, proj) -> torch.dtype:
+def compute_dtype(z, x, w0, proj) -> torch.dtype:
     """Compute precision of operands that need not have one dtype."""
     tensors = (*z, *x, w0, *(() if proj is None else (proj,)))
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _write(z, x, w0, proj, *settings):
-    return eager.write(z, x, w0, proj, *settings, _dtype(z, x, w0, proj))
+def _write(z, x, w0, proj, y, *settings):
+    return eager.write(z, x, w0, proj, y, *settings, compute_dtype(z, x, w0, proj))
 
 
-def _write_fake(z, x, w0, proj, *settings):
-    acc = _dtype(z, x, w0, proj)
+def _write_fake(z, x, w0, proj, y, *settings):
+    acc = compute_dtype(z, x, w0, proj)
     shape = (len(z), *w0.shape)
     return (
         w0.new_empty(shape, dtype=acc),
@@ -29,8 +29,8 @@ def _write_fake(z, x, w0, proj, *settings):
 
 
 ridge_write_op = register_op(
-    "ridge_write(Tensor[] z, Tensor[] x, Tensor w0, Tensor? proj, float lam, float eta, float? cap, "
-    "SymInt? last_k, SymInt shift, bool preserve_row_norm) -> (Tensor, Tensor, Tensor)",
+    "ridge_write(Tensor[] z, Tensor[] x, Tensor w0, Tensor? proj, Tensor[] y, float lam, float eta, "
+    "float? cap, SymInt? last_k, SymInt shift, bool preserve_row_norm) -> (Tensor, Tensor, Tensor)",
     _write,
     _write_fake,
 )

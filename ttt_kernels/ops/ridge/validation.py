@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ttt_kernels.ops import _checks as check
@@ -49,3 +50,15 @@ def check_prompts(z: Sequence[Tensor], x: Sequence[Tensor], w0: Tensor) -> None:
             like = "w0" if letter == "F" else f"z[{b}] and w0"
             check.check_like(name, value, f"[T_b, {letter}]", shape, like, value)
             check.check_device(name, value, "w0", w0)
+
+
+def check_outputs(y: Sequence[Tensor], x: Sequence[Tensor], w0: Tensor, acc: torch.dtype) -> None:
+    """As many tokens as x. Rounded to fewer bits they would round the residual, so that is refused."""
+    if len(y) != len(x):
+        raise ValueError(f"y must have as many prompts as z, {len(x)}, got {len(y)}")
+    for b, (plain, source) in enumerate(zip(y, x, strict=True)):
+        check.check_like(f"y[{b}]", plain, "[T_b, D]", tuple(source.shape), f"x[{b}]", plain)
+        check.check_device(f"y[{b}]", plain, "w0", w0)
+        if plain.dtype != acc:
+            wanted, got = check.dtype_name(acc), check.dtype_name(plain.dtype)
+            raise TypeError(f"y[{b}] must be {wanted}, the compute precision, got {got}")
