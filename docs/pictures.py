@@ -87,7 +87,7 @@ def ridge(machine: str) -> None:
     calls = {
         "released (LU, F right-hand sides)": [],
         "ridge_write (Cholesky, D right-hand sides)": [],
-        "ridge_write, y given": [],
+        "ridge_write_from_outputs": [],
     }
     for n in lengths:
         data = testing.make_inputs(1, n + 1, d, f)
@@ -96,7 +96,7 @@ def ridge(machine: str) -> None:
         runs = (
             lambda a=arguments: released.ridge_write(a[0][0], a[1][0], *a[2:]),
             lambda a=arguments: ttt.ridge_write(*a),
-            lambda a=arguments, y=y: ttt.ridge_write(*a, y=y),
+            lambda a=arguments, y=y: ttt.ridge_write_from_outputs(*a[:2], y, *a[2:]),
         )
         seconds = [[], [], []]
         for _ in range(8):

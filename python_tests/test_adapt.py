@@ -76,11 +76,12 @@ def continued(plain, cache, x: Tensor, extra: Tensor) -> Tensor:
     (torch.float32, {}, True), (torch.float32, {"mlp_bias": True}, False), (torch.bfloat16, {}, False),
 ])  # fmt: skip
 def test_outputs_of_the_forward_are_used_where_they_are_exact(monkeypatch, dtype, changes, known):
-    given, write = [], adapting.ridge_write
-    spy = lambda *args, y, **options: given.append(y is not None) or write(*args, y=y, **options)  # noqa: E731
-    monkeypatch.setattr(adapting, "ridge_write", spy)
+    calls = []
+    for name in ("ridge_write", "ridge_write_from_outputs"):
+        real = getattr(adapting, name)
+        monkeypatch.setattr(adapting, name, lambda *a, n=name, f=real, **o: calls.append(n) or f(*a, **o))
     with ttt.adapt(tiny.patched("llama", **changes).to(dtype).eval(), tiny.ids(2, 20)):
-        assert given == [known] * len(tiny.LAYERS)
+        assert calls == ["ridge_write_from_outputs" if known else "ridge_write"] * len(tiny.LAYERS)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

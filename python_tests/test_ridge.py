@@ -131,9 +131,11 @@ def test_known_outputs_spare_their_product(shift, last_k):
     z, x = [z[0], z[1, :SHORT]], [x[0], x[1, :SHORT]]
     y, options = [part @ w0.T for part in z], {"shift": shift, "last_k": last_k}
     want = written(z, x, w0, proj, **options)
-    assert_close(written(z, x, w0, proj, y=y, **options), want, 1e-12)
+    known = ttt.ridge_write_from_outputs(z, x, y, w0, proj, **options)
+    assert_close(known._asdict(), want, 1e-12)
     zero = ttt.ridge_write(z, x, torch.zeros_like(w0), proj, **options).delta
-    wrong = ttt.ridge_write(z, x, w0, proj, y=[torch.zeros_like(part) for part in y], **options).delta
+    nothing = [torch.zeros_like(part) for part in y]
+    wrong = ttt.ridge_write_from_outputs(z, x, nothing, w0, proj, **options).delta
     assert error(wrong, zero) < 1e-12 and error(want["delta"], zero) > 1e-3
 
 
@@ -142,8 +144,8 @@ def test_outputs_do_not_limit_the_precision_of_a_second_try():
     z, x = (t.repeat(1, 10, 1) for t in (data.z, data.x))
     z = z * 30
     z[:, 3] *= 50
-    arguments = (z, x, data.w0, data.proj)
-    assert_same(written(*arguments, y=z @ data.w0.T), written(*arguments))
+    known = ttt.ridge_write_from_outputs(z, x, z @ data.w0.T, data.w0, data.proj)
+    assert_same(known._asdict(), written(z, x, data.w0, data.proj))
 
 
 @pytest.mark.parametrize("preserve", [False, True])
@@ -283,6 +285,7 @@ BAD = [
      "z[0] must be on the device of w0, meta, got cpu"),
     ({"y": torch.zeros(2, LONG, F)}, ValueError,
      "y[0] must have shape [T_b, D] = (40, 5) to match x[0], got (40, 12)"),
+    ({"y": None}, TypeError, "y must be a tensor [B, T, D] or a sequence of tensors [T_b, D], got NoneType"),
     ({"y": torch.zeros(1, LONG, D)}, ValueError, "y must have as many prompts as z, 2, got 1"),
     ({"y": torch.zeros(2, LONG, D).bfloat16()}, TypeError,
      "y[0] must be float32, the compute precision, got bfloat16"),
@@ -297,8 +300,14 @@ BAD = [
 
 @pytest.mark.parametrize("changes, kind, message", BAD, ids=[m for *_, m in BAD])
 def test_refusals(changes, kind, message):
+    call = ttt.ridge_write_from_outputs if "y" in changes else ttt.ridge_write
     with pytest.raises(kind, match=f"^{re.escape(message)}$"):
-        ttt.ridge_write(**GOOD | changes)
+        call(**GOOD | changes)
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lamb'"):
+        ttt.ridge_write_from_outputs(**GOOD, y=GOOD["x"], lamb=1.0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -22,6 +22,7 @@ _PUBLIC = {
     "spectral_step_size": "ttt_kernels.ops.step_size.api",
     "clipped_step_size": "ttt_kernels.ops.step_size.api",
     "ridge_write": "ttt_kernels.ops.ridge.api",
+    "ridge_write_from_outputs": "ttt_kernels.ops.ridge.api",
     "FastWeightMLP": "ttt_kernels.modules.mlp",
     "FastWeightState": "ttt_kernels.modules.state",
     "TTTConfig": "ttt_kernels.patch.config",

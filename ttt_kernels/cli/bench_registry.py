@@ -187,23 +187,23 @@ def ridge_known_operands(case: Case, data: ScanInputs) -> Operands:
     """With the outputs that the forward before the write has computed."""
     z, x, w0, proj = ridge_operands(case, data).leaves
     acc = compute_dtype(z.dtype)
-    return Operands((z, x, w0, proj, z.to(acc) @ w0.to(acc).mT), {}, data.dy)
+    return Operands((z, x, z.to(acc) @ w0.to(acc).mT, w0, proj), {}, data.dy)
 
 
-def released_ridge(z: Tensor, x: Tensor, w0: Tensor, proj: Tensor, y: Tensor | None = None) -> Tensor:
-    """It computes its outputs, whoever has them."""
+def released_ridge(z: Tensor, x: Tensor, *weights: Tensor) -> Tensor:
+    """It computes the outputs, also where they come between x and the weights."""
+    *_, w0, proj = weights
     return torch.stack(
         [ridge_reference.ridge_write(a, b, w0, proj)[1] for a, b in zip(z, x, strict=True)]
     )
 
 
-def ridge_delta(*leaves: Tensor, y: Tensor | None = None) -> Tensor:
-    return ttt.ridge_write(*leaves, y=y).delta
+def ridge_delta(*leaves: Tensor) -> Tensor:
+    return ttt.ridge_write(*leaves).delta
 
 
 def ridge_known_delta(*leaves: Tensor) -> Tensor:
-    *leaves, y = leaves
-    return ridge_delta(*leaves, y=y)
+    return ttt.ridge_write_from_outputs(*leaves).delta
 
 
 def ridge_gemms(case: Case) -> formulas.Products:

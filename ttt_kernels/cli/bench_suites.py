@@ -182,7 +182,7 @@ SWEEPS = {
         tokens=(512, 1024, 2048, 4096),
         chunk_sizes=(32, 64, 128, 256, 512, 1024, 2048),
         batches=(1, 2, 4),
-        shapes=by_size((256, 768), (512, 1536), (768, 2304), (1024, 3072)),
+        shapes={**by_size((256, 768), (512, 1536), (768, 2304)), "qwen3-0.6b": SHAPES["qwen3-0.6b"]},
     ),
     "cuda": Sweep(
         Case("scan", "qwen3-4b", *SHAPES["qwen3-4b"], tokens=32768, chunk_size=1024, dtype="bfloat16",
@@ -230,7 +230,8 @@ def cpu() -> Suite:
         for batch in (1, 8)
     ]
     ridge = [case("ridge_write", t, t) for t in (1024, 2049, 4096)]  # fewer pairs than F, and more
-    return Suite((*scans, prefill, *others, *decode, *ridge, *SWEEPS["cpu"].cases()))
+    cases = (*scans, prefill, *others, *decode, *ridge, *SWEEPS["cpu"].cases())
+    return Suite(tuple(dict.fromkeys(cases)))
 
 
 SUITES: dict[str, Callable[..., Suite]] = {

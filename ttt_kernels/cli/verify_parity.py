@@ -53,13 +53,14 @@ def attempt(case: Case, op: Operation, impl: str, once: bool) -> tuple[str, str,
     """Outcome, what to say of it, and the ratio where there is one; infinity where it raised."""
     if reason := why_not(case, op, impl):
         return "SKIPPED", f"({reason})", None
+    work = op.of(impl)
     try:
         if once:
-            run_once(op.implementations[impl].call, op.operands(case, case.inputs(seed=1)), case.mode)
+            run_once(op.implementations[impl].call, work.operands(case, case.inputs(seed=1)), case.mode)
             if case.device == "cuda":
                 torch.cuda.synchronize()
             return "PASSED", "", None
-        ratio = op.parity(case, op, impl)
+        ratio = work.parity(case, work, impl)
     except NotImplementedError as error:
         return "SKIPPED", f"({error})", None
     except Exception:

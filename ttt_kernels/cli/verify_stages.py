@@ -71,13 +71,13 @@ def machine_phase() -> Phase:
 
 def phases(place: Place) -> list[Phase]:
     """After the machine is known. The times of a phase: at most, and what is kept for it."""
-    checks = [*tests(place), *parity(place), *sanitizers(place)]
+    checks = [*parity(place), *tests(place), *sanitizers(place)]
     jobs = min(16, int(place.machine.get("cores", 1)))
     info = Stage("info", module("ttt_kernels", "info"), 40)
     if place.gpu:
         times = {"build": (170, 60), "info": (40, 10), "checks": (300, 150), "benchmark": (240, 130)}
     else:
-        times = {"build": (150, 60), "info": (40, 10), "checks": (420, 280), "benchmark": (90, 60)}
+        times = {"build": (150, 60), "info": (40, 10), "checks": (500, 280), "benchmark": (90, 60)}
     return [
         Phase("build", [build(place)], *times["build"]),
         Phase("info", [info], *times["info"]),

@@ -18,7 +18,7 @@ from ttt_kernels.modules.layer_state import LayerState, WriteRecord
 from ttt_kernels.modules.mlp import FastWeightMLP
 from ttt_kernels.modules.sharding import is_sharded
 from ttt_kernels.modules.state import FastWeightState
-from ttt_kernels.ops.ridge.api import RidgeWrite, ridge_write
+from ttt_kernels.ops.ridge.api import RidgeWrite, ridge_write, ridge_write_from_outputs
 from ttt_kernels.ops.ridge.registration import compute_dtype
 from ttt_kernels.patch.families import find_decoder
 from ttt_kernels.patch.hooks import KWARG, disabled, model_hook
@@ -238,8 +238,9 @@ class Fit:
 
         def write(x: Tensor, proj: Tensor | None) -> RidgeWrite:
             x = self.prompts.split(x)
-            known = usable and y[0].dtype == compute_dtype(z, x, w0, proj)
-            return ridge_write(z, x, w0, proj, y=y if known else None, **options)
+            if usable and y[0].dtype == compute_dtype(z, x, w0, proj):
+                return ridge_write_from_outputs(z, x, y, w0, proj, **options)
+            return ridge_write(z, x, w0, proj, **options)
 
         self._keep(write(x, None) if mlp.ttt_proj is None else mlp.ttt_proj(x, write), w0)
 
