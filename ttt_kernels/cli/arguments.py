@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterable
 
 
 def positive_int(text: str) -> int:
@@ -24,3 +25,8 @@ def finite_float(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
     return value
+
+
+def flags(names: Iterable[str]) -> str:
+    """Arguments as the user writes them, from their names in the parsed ones."""
+    return ", ".join("--" + ("T" if name == "tokens" else name.replace("_", "-")) for name in names)

@@ -16,7 +16,7 @@ from ttt_kernels.cli import (
     bench_report,
     verify_tree,
 )
-from ttt_kernels.cli.arguments import positive_int
+from ttt_kernels.cli.arguments import flags, positive_int
 from ttt_kernels.cli.bench import measure_cases
 from ttt_kernels.cli.bench_case import ALL_MODES, DTYPES, MODES, SHAPES, Case
 from ttt_kernels.cli.bench_lines import JsonLines
@@ -194,8 +194,7 @@ def check_suite(args: argparse.Namespace, device: str) -> None:
     if args.suite in MODEL_SUITES:
         given += [k for k in ("impl", "plot", "base") if getattr(args, k) is not None]
     if given:
-        names = ", ".join("--" + ("T" if k == "tokens" else k.replace("_", "-")) for k in given)
-        raise UserError(f"--suite {args.suite} fixes the grid: it cannot be combined with {names}")
+        raise UserError(f"--suite {args.suite} fixes the grid: it cannot be combined with {flags(given)}")
     if args.device not in (None, device):
         raise UserError(f"--suite {args.suite} is defined for --device {device}, got {args.device}")
     args.device = device

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from ttt_kernels.cli.arguments import flags
 from ttt_kernels.cli.bench import BASELINES
 from ttt_kernels.cli.bench_case import Case
 from ttt_kernels.cli.errors import UserError, require
@@ -44,8 +45,7 @@ def run(args: argparse.Namespace) -> int:
     allowed = ("compare", "run")
     given = [name for name, value in vars(args).items() if value is not None and name not in allowed]
     if given:
-        names = ", ".join("--" + ("T" if k == "tokens" else k.replace("_", "-")) for k in sorted(given))
-        raise UserError(f"--compare measures nothing: it cannot be combined with {names}")
+        raise UserError(f"--compare measures nothing: it cannot be combined with {flags(sorted(given))}")
     first, second = (read(path) for path in args.compare)
     pairs = paired(first, second)
     if not pairs:
