@@ -80,8 +80,14 @@ def test_outputs_of_the_forward_are_used_where_they_are_exact(monkeypatch, dtype
     for name in ("ridge_write", "ridge_write_from_outputs"):
         real = getattr(adapting, name)
         monkeypatch.setattr(adapting, name, lambda *a, n=name, f=real, **o: calls.append(n) or f(*a, **o))
-    with ttt.adapt(tiny.patched("llama", **changes).to(dtype).eval(), tiny.ids(2, 20)):
+    model = tiny.patched("llama", **changes).to(dtype).eval()
+    with ttt.adapt(model, tiny.ids(2, 20)):
         assert calls == ["ridge_write_from_outputs" if known else "ridge_write"] * len(tiny.LAYERS)
+    calls.clear()
+    for mlp in tiny.fast_mlps(model):
+        mlp.down_proj.register_forward_hook(lambda module, args, y: 3 * y)
+    with ttt.adapt(model, tiny.ids(2, 20)):
+        assert calls == ["ridge_write"] * len(tiny.LAYERS)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

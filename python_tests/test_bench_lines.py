@@ -1,6 +1,8 @@
 """The JSON lines of `bench --output`: nothing that was measured is lost."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +16,13 @@ def read(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def partial_of(path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+
 def test_the_file_is_replaced_at_the_end(tmp_path):
     path = tmp_path / "folder" / "out.jsonl"
-    partial = path.with_name("out.jsonl.partial")
+    partial = partial_of(path)
     with JsonLines(path, {"threads": 2}) as lines:
         lines.add([{"kind": "result"}])
         assert read(partial) == [{"kind": "environment", "threads": 2}, {"kind": "result"}]
@@ -34,6 +40,20 @@ def test_without_a_file_nothing_is_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_link_stays_one(tmp_path):
+    link, path = tmp_path / "link.jsonl", tmp_path / "out.jsonl"
+    link.symlink_to(path)
+    with JsonLines(link, {}):
+        pass
+    assert link.is_symlink() and [r["kind"] for r in read(path)] == ["environment"]
+
+
+def test_only_a_file_is_replaced(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    assert main(["bench", "--output", str(tmp_path / "pipe")]) == 2
+    assert "--output must be a file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_a_run_that_ends_early_keeps_its_lines(tmp_path, capsys, error):
     path = tmp_path / "out.jsonl"
@@ -41,7 +61,7 @@ def test_a_run_that_ends_early_keeps_its_lines(tmp_path, capsys, error):
     with pytest.raises(error), JsonLines(path, {}) as lines:
         lines.add([{"kind": "result"}])
         raise error
-    kept = tmp_path / "out.jsonl.partial"
+    kept = partial_of(path)
     assert path.read_text() == "older\n" and [r["kind"] for r in read(kept)] == ["environment", "result"]
     assert f"what was measured until then is in {kept}" in capsys.readouterr().err
 
@@ -60,6 +80,6 @@ def test_an_interrupted_benchmark_keeps_its_rows(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "measure_group", interrupted)
     grid = "--shape tiny --T 80 --chunk-size 16 32 --mode fwd --repeats 1 --impl eager".split()
     assert main(["bench", *grid, "--output", str(lines)]) == 130
-    rows = read(tmp_path / "out.jsonl.partial")
+    rows = read(partial_of(lines))
     assert [(r["kind"], r.get("chunk_size")) for r in rows] == [("environment", None), ("result", 32)]
-    assert not lines.exists() and "out.jsonl.partial" in capsys.readouterr().err
+    assert not lines.exists() and ".partial" in capsys.readouterr().err

@@ -43,7 +43,7 @@ def ridge_samples(dtype):
         z, x, w0, proj = prompt(tokens, batch=2, dtype=dtype)
         yield "ridge_write", ([*z], [*x], w0, proj, [], 1.0, 0.1, 0.1, 20, 1, True)
     y = [z[0] @ w0.T, z[1, :9] @ w0.T]
-    y = [part.to(registration.compute_dtype(z, x, w0, None)) for part in y]
+    y = [part.to(registration.ridge_dtype(z, x, w0, None)) for part in y]
     yield "ridge_write", ([z[0], z[1, :9]], [x[0], x[1, :9]], w0, None, y, 1.0, 0.1, None, None, 2, False)
 
 
@@ -230,13 +230,23 @@ def test_factor(size, monkeypatch):
     monkeypatch.setattr(eager, "FACTOR_TILE", 4)
     a = randn(size, 30, dtype=DOUBLE)
     a = a @ a.T + torch.eye(size, dtype=DOUBLE)
-    for sign, fine in ((1, True), (-1, False)):
-        a[-1, -1] *= sign  # the last block is where it fails
+    for spoilt, fine in ((None, True), (0, False), (-1, False)):
+        if spoilt is not None:  # in the block where it fails
+            a[spoilt, spoilt] = -1.0
         factor = eager.square(size, a, zero=False).copy_(a)
         factor += torch.full_like(a, torch.nan).triu(1)
         assert eager.factorise_(factor) is fine
         if fine:
             assert error(factor.tril(), torch.linalg.cholesky(a)) < 1e-14
+
+
+def test_products_in_tf32_are_not_trusted(monkeypatch):
+    data = make_inputs(1, 200, 48, 300)
+    arguments = (data.z, data.x, data.w0, data.proj)
+    exact = ttt.ridge_write(*(t.double() for t in arguments)).delta
+    assert error(ttt.ridge_write(*arguments).delta.double(), exact) > 1e-7  # float32
+    monkeypatch.setattr(eager, "rounding", lambda gram: 2**-11)
+    assert error(ttt.ridge_write(*arguments).delta.double(), exact) < 1e-7  # rounded from float64
 
 
 # Citizenship
@@ -306,7 +316,8 @@ def test_refusals(changes, kind, message):
 
 
 def test_an_unknown_option_is_refused():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'lamb'"):
+    message = "options must be of lam, eta, cap, last_k, shift, preserve_row_norm, got lamb"
+    with pytest.raises(TypeError, match=f"^{message}$"):
         ttt.ridge_write_from_outputs(**GOOD, y=GOOD["x"], lamb=1.0)
 
 

@@ -89,6 +89,41 @@ def test_low_precision(dtype, chunks, monkeypatch):
         compare(scan_call(2, 41, chunk=9, dtype=dtype, steps=True, state=True, preserve_row_norm=preserve))
 
 
+STEPS = {  # of the chunks of one super-chunk, which one accumulator sums
+    "zeros": [0.3, 0.0, 0.0, -0.2, 0.0, 0.1],
+    "zeros_first_and_last": [0.0, 0.0, 0.3, 0.2, 0.0, 0.0],
+    "far_apart": [1e-30, 0.3, 1e-21, 0.2, 1e-12, -1e-3],
+    "falling": [0.3, 1e-8, 1e-16, 1e-24, 1e-32, 0.0],
+}
+
+
+@pytest.mark.parametrize("chunk", [5, 16])
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+def test_steps_of_a_super_chunk(steps, chunk, monkeypatch):
+    set_block_length(monkeypatch, len(steps))
+    for descriptors in (False, True) if DEVICE == "cpu" else (False,):
+        monkeypatch.setattr(triton_launch, "DESCRIPTORS_SINCE", 0 if descriptors else 10**6)
+        call = wide_call(40, 96, 6 * chunk + 1, chunk, steps=True)
+        call.tensors["step_size"] = torch.tensor([[*steps, 0.5]] * 2)
+        compare(call)
+
+
+def test_steps_of_zero_write_nothing(monkeypatch):
+    set_block_length(monkeypatch, 3)
+    call = wide_call(40, 96, 49, 16, steps=True)
+    call.tensors["step_size"] = torch.zeros(2, 4)
+    state = place(call)(impl="triton")[1]
+    assert_same({"state": state}, {"state": call.tensors["w0"].expand_as(state)})
+
+
+def test_a_step_that_is_no_number_stays_in_its_sequence(monkeypatch):
+    set_block_length(monkeypatch, 3)
+    call = wide_call(40, 96, 49, 16, steps=True)
+    call.tensors["step_size"] = torch.tensor([[0.1, torch.nan, 0.2, 0.0], [0.1, 0.2, 0.3, 0.0]])
+    state = place(call)(impl="triton")[1]
+    assert state[0].isnan().all() and state[1].isfinite().all()
+
+
 def wide_call(d: int, f: int, tokens: int, chunk: int, **options):
     tensors = {
         "z": randn(2, tokens, f, dtype=torch.float32),
@@ -96,7 +131,7 @@ def wide_call(d: int, f: int, tokens: int, chunk: int, **options):
         "w0": randn(d, f, seed=2, dtype=torch.float32),
     }
     call = scan_call(2, tokens, chunk=chunk, dtype=torch.float32, **options)
-    call.tensors = tensors
+    call.tensors |= tensors
     return call
 
 
@@ -204,16 +239,15 @@ SHAPES = [(1024, 3072), (2560, 9728), (4096, 14336)]
 def test_tiles_fit_their_architecture(architecture):
     """The documented model: operand stages in shared memory, accumulators in registers."""
     for (d, f), size, chunk in itertools.product(SHAPES, (2, 4), (64, 1024)):
-        t = heuristics.forward_tiles(architecture, size, 1, chunk, d, f, chunk < 512)
+        t = heuristics.forward_tiles(architecture, size, 1, chunk, d, f)
         edges = max(t.t + t.d, t.d + t.f)
         assert t.stages * t.k * edges * size <= SHARED_MEMORY[architecture]
-        accumulators = max(t.t * t.d, t.d * t.f) * (2 if chunk < 512 else 1)
-        assert accumulators / (32 * t.warps) <= 128
+        assert max(t.t * t.d, t.d * t.f) / (32 * t.warps) <= 128
 
 
 def test_newer_architectures_take_the_tiles_of_older_ones():
     def tiles(architecture):
-        return heuristics.forward_tiles(architecture, 2, 1, 1024, 4096, 14336, False)
+        return heuristics.forward_tiles(architecture, 2, 1, 1024, 4096, 14336)
 
     assert tiles(89) == tiles(86) and tiles(103) == tiles(100) and tiles(130) == tiles(120)
     assert tiles(90) != tiles(80)

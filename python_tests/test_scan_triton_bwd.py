@@ -6,7 +6,7 @@ Its values are in test_scan_triton.py, what the compiler made of it in test_kern
 import pytest
 import torch
 from helpers import C, Call, assert_close, assert_same, gradients, randn, results, scan_call
-from test_scan_triton import DEVICE, LOW, place
+from test_scan_triton import DEVICE, LOW, STEPS, place
 from test_scan_values import FLAGS, LENGTHS, PACKINGS, flags
 
 import ttt_kernels as ttt
@@ -48,6 +48,17 @@ def test_packed(packing, block_length):
 @pytest.mark.parametrize("preserve", [False, True])
 def test_batch_sizes(batch, preserve):
     compare(scan_call(batch, 2 * C + 1, dtype=torch.float32, preserve_row_norm=preserve))
+
+
+@pytest.mark.parametrize("chunk", [5, 16])
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+def test_steps_of_a_super_chunk(steps, chunk, monkeypatch):
+    """With an earlier one before it, into which the backward has to go back."""
+    set_block_length(monkeypatch, len(steps))
+    call = scan_call(1, 12 * chunk + 1, chunk=chunk, steps=True, dtype=torch.float32)
+    call.tensors["step_size"] = torch.tensor([[*steps, *reversed(steps), 0.1]])
+    call.tensors["v"] *= 0.1
+    compare(call)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 16, 33, 1000])

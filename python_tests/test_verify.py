@@ -17,6 +17,7 @@ from test_verify_runner import python
 
 from ttt_kernels.cli import verify_command, verify_report, verify_stages
 from ttt_kernels.cli import verify_tree as trees
+from ttt_kernels.cli.errors import UserError
 from ttt_kernels.cli.main import main
 from ttt_kernels.cli.verify_runner import Phase, Stage
 from ttt_kernels.cli.verify_stages import Place
@@ -151,6 +152,20 @@ def test_a_mistyped_stage_costs_nothing(tree, monkeypatch, capsys):
     monkeypatch.setattr(trees, "copy_tree", lambda *args: pytest.fail("it copied"))
     assert main(["verify", "--stage", "good", "absent"]) == 2
     assert "absent" in capsys.readouterr().err and not (tree / "outputs" / "verify").exists()
+
+
+def test_a_stage_of_other_machines_is_not_left_out_in_silence():
+    with pytest.raises(UserError, match="--stage parity/cuda-scan: on this machine there is only good"):
+        verify_command.choose([Phase("checks", [GOOD], 9, 1)], ["good", "parity/cuda-scan"])
+
+
+def test_rows_of_a_benchmark_that_was_ended_count(tmp_path):
+    lines = '{"kind": "environment"}\n{"kind": "result", "impl": "cuda"}\n{"kind": "res'
+    paths = [tmp_path / "benchmark-scan-x.jsonl.123.partial", tmp_path / "benchmark-scan-y.jsonl"]
+    for path in paths:
+        path.write_text(lines)
+    stages = [r["stage"] for r in verify_report.read_timings(paths)]
+    assert stages == ["benchmark/scan-x", "benchmark/scan-y"]
 
 
 def test_what_a_chosen_stage_needs_is_run_too(tree, monkeypatch, capsys):

@@ -104,7 +104,8 @@ class Ring:
 class Implementation:
     """`memory(case)` estimates the bytes it needs, so that a hopeless run is not started;
     `why_not(case)` says why it cannot run a case at all. `instead`: the operation that it is an
-    implementation of where that is another one, timed in the same rounds as a floor."""
+    implementation of where that is another one, timed in the same rounds: a floor, or one that is given
+    more."""
 
     call: Callable[..., Tensor]
     memory: Callable[[Case], int] = lambda case: 0
@@ -143,7 +144,7 @@ class Operation:
     use: str | None = None
 
     def of(self, impl: str) -> Operation:
-        """The operation that `impl` implements: this one, or what is timed beside it as a floor."""
+        """The operation that `impl` implements: this one, or another that is timed beside it."""
         return self.implementations[impl].instead or self
 
 

@@ -139,11 +139,13 @@ def run(args: argparse.Namespace) -> int:
 def check_files(args: argparse.Namespace) -> None:
     """Before anything is measured: minutes of work are not lost to a mistyped folder."""
     for name, path in (("output", args.output), ("plot", args.plot)):
-        if path is not None and (path.is_dir() or not verify_tree.writable(path.parent)):
+        if path is None:
+            continue
+        if (path.exists() and not path.is_file()) or not verify_tree.writable(path.parent):
             raise UserError(f"--{name} must be a file in a folder that can be written into, got {path}")
     if args.plot:
         known = require("matplotlib.backend_bases", "bench").FigureCanvasBase.get_supported_filetypes()
-        if args.plot.suffix[1:] not in known:
+        if args.plot.suffix[1:].lower() not in known:
             raise UserError(f"--plot must end in one of {', '.join(sorted(known))}, got {args.plot}")
 
 

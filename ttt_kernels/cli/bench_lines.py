@@ -14,8 +14,8 @@ Record = Mapping[str, object]
 class JsonLines:
     """A context in which lines are added as they are measured; the environment is the first.
 
-    They go into FILE.partial, which takes the place of FILE at the end: a run that ends early keeps its
-    lines there, and an older FILE stays as it was.
+    They go into FILE.<process>.partial, which takes the place of FILE at the end: a run that ends early keeps
+    its lines there, an older FILE stays as it was, and two runs do not mix.
 
     Args:
         path: FILE, or None to write nothing.
@@ -23,8 +23,8 @@ class JsonLines:
     """
 
     def __init__(self, path: Path | None, environment: Record) -> None:
-        self.path, self.environment = path, environment
-        self.partial = None if path is None else path.with_name(path.name + ".partial")
+        self.path, self.environment = path and path.resolve(), environment
+        self.partial = path and self.path.with_name(f"{path.name}.{os.getpid()}.partial")
 
     def __enter__(self) -> JsonLines:
         if self.partial is not None:

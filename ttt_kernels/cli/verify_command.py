@@ -148,10 +148,14 @@ class Verification:
         with (self.output / "results.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    def timing_files(self) -> list[Path]:
+        """Also those of a benchmark that was ended."""
+        return sorted([*self.output.glob("benchmark-*.jsonl"), *self.output.glob("benchmark-*.partial")])
+
     def report(self, complete: bool) -> int:
         """Print and write it all; exit code 0 if nothing failed."""
         parity = verify_report.read_records(sorted(self.output.glob("parity-*.jsonl")))
-        timings = verify_report.read_timings(sorted(self.output.glob("benchmark-*.jsonl")))
+        timings = verify_report.read_timings(self.timing_files())
         rows = verify_report.what_is_verified(self.results, timings)
         seconds = sum(result.cpu_seconds for result in self.results)
         text = "\n\n".join(
@@ -178,7 +182,7 @@ class Verification:
         there; in any case into the output folder."""
         name = verify_report.slug(str(self.machine["gpus"][0]))
         rows = Path(verify_tree.RESULTS) / name / f"{self.now:%Y-%m-%d}-{self.state.short}.jsonl"
-        lines = "".join(p.read_text(encoding="utf-8") for p in sorted(self.output.glob("benchmark-*.jsonl")))
+        lines = "".join(p.read_text(encoding="utf-8") for p in self.timing_files())
         entry = verify_report.ledger_entry(self.date, self.machine, self.state, self.results, parity,
                                            f"`{rows}`" if lines else "none")  # fmt: skip
         (self.output / "ledger_entry.md").write_text(entry, encoding="utf-8")
@@ -211,8 +215,8 @@ def choose(phases: Sequence[Phase], patterns: Sequence[str] | None) -> list[Phas
     if patterns is None:
         return list(phases)
     stages = {stage.name: stage for phase in phases for stage in phase.stages}
-    if not matching(stages, patterns):
-        raise UserError(f"--stage {' '.join(patterns)}: on this machine there is none of these")
+    if missing := [pattern for pattern in patterns if not matching(stages, [pattern])]:
+        raise UserError(f"--stage {' '.join(missing)}: on this machine there is only {', '.join(stages)}")
     names = matching(stages, patterns)
     names |= {stages[name].needs for name in names}
     return [replace(phase, stages=[s for s in phase.stages if s.name in names]) for phase in phases]

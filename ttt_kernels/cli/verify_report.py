@@ -51,7 +51,7 @@ def read_records(paths: Iterable[Path]) -> list[dict]:
 def read_timings(paths: Iterable[Path]) -> list[dict]:
     """Rows of the benchmark, each with the name of its stage."""
     return [
-        {**record, "stage": path.stem.replace("-", "/", 1)}
+        {**record, "stage": path.name.partition(".jsonl")[0].replace("-", "/", 1)}
         for path in paths
         for record in read_records([path])
         if record.get("kind") == "result" and "impl" in record

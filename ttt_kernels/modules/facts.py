@@ -31,7 +31,8 @@ class BatchFacts:
         state: what this layer carries from call to call, moved on by this one. Not together with
             `cu_seqlens`. None: every sequence starts from the slow weight and nothing is kept.
         disabled: compute the plain MLP; nothing is read or written.
-        observe: with `disabled`, called with the MLP, its input x, its keys z and its output y.
+        observe: with `disabled`, called with the MLP, its input x, its keys z and its output y, with bias
+            and hooks.
     """
 
     valid: Tensor | None = None

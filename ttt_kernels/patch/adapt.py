@@ -19,7 +19,7 @@ from ttt_kernels.modules.mlp import FastWeightMLP
 from ttt_kernels.modules.sharding import is_sharded
 from ttt_kernels.modules.state import FastWeightState
 from ttt_kernels.ops.ridge.api import RidgeWrite, ridge_write, ridge_write_from_outputs
-from ttt_kernels.ops.ridge.registration import compute_dtype
+from ttt_kernels.ops.ridge.registration import ridge_dtype
 from ttt_kernels.patch.families import find_decoder
 from ttt_kernels.patch.hooks import KWARG, disabled, model_hook
 
@@ -231,14 +231,15 @@ class Fit:
 
     def __call__(self, mlp: FastWeightMLP, x: Tensor, z: Tensor, y: Tensor) -> None:
         """x [B, T, D], z [B, T, F] and y [B, T, D] of the layer."""
-        w0, usable = mlp.slow_weight.detach(), mlp.down_proj.bias is None
+        w0, down = mlp.slow_weight.detach(), mlp.down_proj
+        usable = down.bias is None and not (down._forward_hooks or down._forward_pre_hooks)  # y is z w0^T
         z, y = self.prompts.split(z), self.prompts.split(y)
         shift = self.options["shift"]
         options = {**self.options, "shift": mlp.rule.horizon if shift is None else shift}
 
         def write(x: Tensor, proj: Tensor | None) -> RidgeWrite:
             x = self.prompts.split(x)
-            if usable and y[0].dtype == compute_dtype(z, x, w0, proj):
+            if usable and y[0].dtype == ridge_dtype(z, x, w0, proj):
                 return ridge_write_from_outputs(z, x, y, w0, proj, **options)
             return ridge_write(z, x, w0, proj, **options)
 

@@ -86,6 +86,12 @@ class CudaReport(KernelReport):
 
 
 # --- reading --------------------------------------------------------------------------------------
+def image_of(cubin: Path) -> str:
+    """As ptxas noted it inside: the tools of CUDA 12 leave the letter of `sm_90a` out of a file's name."""
+    noted = re.search(rb"-arch (sm_\w+)", cubin.read_bytes())
+    return noted[1].decode() if noted else cubin.suffixes[-2].removeprefix(".")
+
+
 def read_library(library: Path, storage: Mapping[str, int]) -> dict[str, list[CudaReport]]:
     """Reports by image (`sm_80`, `sm_90a`, ...), of the kernels in a library or an object file.
 
@@ -97,7 +103,7 @@ def read_library(library: Path, storage: Mapping[str, int]) -> dict[str, list[Cu
     with tempfile.TemporaryDirectory() as folder:
         run_tool("cuobjdump", "-xelf", "all", str(library.resolve()), folder=Path(folder))
         for cubin in sorted(Path(folder).glob("*.cubin")):
-            image = cubin.suffixes[-2].removeprefix(".")
+            image = image_of(cubin)
             found = disassemble_all(cubin.read_bytes())
             names = demangle(found)
             images.setdefault(image, []).extend(

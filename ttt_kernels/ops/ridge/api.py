@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from ttt_kernels.ops import _checks as check
 from ttt_kernels.ops.ridge import validation
-from ttt_kernels.ops.ridge.registration import compute_dtype, ridge_write_op
+from ttt_kernels.ops.ridge.registration import ridge_dtype, ridge_write_op
 
 
 class RidgeWrite(NamedTuple):
@@ -65,7 +67,7 @@ def ridge_write(
 
     Precision: float32 (float64 where an argument is), whatever autocast says. Where the float32
         Cholesky factor fails or is too ill-conditioned to be trusted to 1e-3, that prompt is solved
-        in float64.
+        in float64; nearly every prompt on a GPU whose float32 products torch's switch lets round to TF32.
     Determinism: bitwise repeatable; a prompt's bits do not depend on the others.
     Cost: with N pairs and n = min(N, F), per prompt 2 N D^2 + 4 N D F + n N F (1 + 256 / n) + n^3 / 3
         + 2 n^2 D FLOPs. Extra memory: n (n + D) values and tiles of 1024 tokens, doubled in float64.
@@ -76,10 +78,11 @@ def ridge_write(
 
     Source: TTT-NTP (arXiv 2606.21803), section 3.4.
     """
-    return _ridge_write(
-        z, x, None, w0, proj,
-        lam=lam, eta=eta, cap=cap, last_k=last_k, shift=shift, preserve_row_norm=preserve_row_norm,
-    )  # fmt: skip
+    return _ridge_write(z, x, None, w0, proj, lam, eta, cap, last_k, shift, preserve_row_norm)
+
+
+_KEYWORDS = [p for p in signature(ridge_write).parameters.values() if p.kind is p.KEYWORD_ONLY]
+OPTIONS: Mapping[str, object] = MappingProxyType({p.name: p.default for p in _KEYWORDS})
 
 
 def ridge_write_from_outputs(
@@ -96,7 +99,7 @@ def ridge_write_from_outputs(
         z, x, w0, proj: as in `ridge_write`.
         y: plain outputs z @ w0^T [B, T, D], without a bias, or [T_b, D] per prompt, in the compute precision:
             rounded further they would round the residual. Their values are trusted.
-        **options: those of `ridge_write`.
+        **options: lam, eta, cap, last_k, shift, preserve_row_norm of `ridge_write`, with its defaults.
 
     Returns:
         What `ridge_write` returns. Where a prompt is solved in float64, y is computed again, in float64.
@@ -104,22 +107,23 @@ def ridge_write_from_outputs(
     Precision: as `ridge_write`.
     Cost: 2 N D F FLOPs less than `ridge_write`, which at N = 2 D, F = 3 D is a quarter.
     Raises:
-        TypeError, ValueError: as `ridge_write`; y of another precision than the result's.
+        TypeError, ValueError: as `ridge_write`; y of another precision than the result's; another option.
 
     Source: TTT-NTP (arXiv 2606.21803), section 3.4.
     """
-    return _ridge_write(z, x, validation.prompts("y", y, "D"), w0, proj, **options)
+    if unknown := sorted(options.keys() - OPTIONS.keys()):
+        raise TypeError(f"options must be of {', '.join(OPTIONS)}, got {', '.join(unknown)}")
+    settings = {**OPTIONS, **options}.values()
+    return _ridge_write(z, x, validation.prompts("y", y, "D"), w0, proj, *settings)
 
 
-def _ridge_write(
-    z, x, y, w0, proj, *, lam=1.0, eta=0.1, cap=0.1, last_k=8192, shift=1, preserve_row_norm=True
-) -> RidgeWrite:
+def _ridge_write(z, x, y, w0, proj, lam, eta, cap, last_k, shift, preserve_row_norm) -> RidgeWrite:
     """y: None where it is to be computed."""
     validation.check_weights(w0, proj)
     z, x = validation.prompts("z", z, "F"), validation.prompts("x", x, "D")
     validation.check_prompts(z, x, w0)
     if y is not None:
-        validation.check_outputs(y, x, w0, compute_dtype(z, x, w0, proj))
+        validation.check_outputs(y, x, w0, ridge_dtype(z, x, w0, proj))
     lam = check.check_finite_number("lam", lam, positive=True)
     eta = check.check_finite_number("eta", eta)
     if cap is not None:

@@ -117,6 +117,12 @@ def primal_sums(pairs: Pairs) -> tuple[Tensor, Tensor]:
     return gram, cross
 
 
+def rounding(float32: Tensor) -> float:
+    """Of the operands of its products, half a unit in the last place: TF32 where torch's switch allows it."""
+    tf32 = float32.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return 2**-11 if tf32 else torch.finfo(float32.dtype).eps
+
+
 def factorise_(gram: Tensor) -> bool:
     """gram <- its Cholesky factor, in the lower triangle, block column by block column; False where it has
     none. At once torch's would clear the upper triangle too, which costs as much as the factor."""
@@ -144,7 +150,7 @@ def solve_(gram: Tensor, right: Tensor, lam: float) -> bool:
         return False
     low, high = torch.aminmax(gram.diagonal())
     condition = (high.double() / low.double()).square().item()  # a lower bound, tight enough
-    if gram.dtype == torch.float32 and not 10 * torch.finfo(gram.dtype).eps * condition < TOLERANCE:
+    if gram.dtype == torch.float32 and not 10 * rounding(gram) * condition < TOLERANCE:
         return False
     torch.linalg.solve_triangular(gram, right, upper=False, out=right)
     torch.linalg.solve_triangular(gram.mT, right, upper=True, out=right)

@@ -8,18 +8,18 @@ from ttt_kernels.ops._library import register_op
 from ttt_kernels.ops.ridge import eager
 
 
-def compute_dtype(z, x, w0, proj) -> torch.dtype:
+def ridge_dtype(z, x, w0, proj) -> torch.dtype:
     """Compute precision of operands that need not have one dtype."""
     tensors = (*z, *x, w0, *(() if proj is None else (proj,)))
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _write(z, x, w0, proj, y, *settings):
-    return eager.write(z, x, w0, proj, y, *settings, compute_dtype(z, x, w0, proj))
+    return eager.write(z, x, w0, proj, y, *settings, ridge_dtype(z, x, w0, proj))
 
 
 def _write_fake(z, x, w0, proj, y, *settings):
-    acc = compute_dtype(z, x, w0, proj)
+    acc = ridge_dtype(z, x, w0, proj)
     shape = (len(z), *w0.shape)
     return (
         w0.new_empty(shape, dtype=acc),

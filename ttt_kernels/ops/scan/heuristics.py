@@ -70,9 +70,9 @@ class Tiles:
     """Tile of the fused scan kernels: y [t, d], W [d, f], and k of whatever is summed over.
 
     Shared memory: stages * k * (the two operand edges) * itemsize, at most what a block of the
-    architecture may have. Registers: t * d or d * f float32 accumulators over 32 * warps threads, twice
-    that in the write of a super-chunk with step sizes. `registers` a thread, where the compiler has to be
-    held to them so that two programs share a multiprocessor: the tail of one then hides behind the other.
+    architecture may have. Registers: t * d or d * f float32 accumulators over 32 * warps threads.
+    `registers` a thread, where the compiler has to be held to them so that two programs share a
+    multiprocessor: the tail of one then hides behind the other.
     """
 
     t: int
@@ -106,14 +106,6 @@ _WIDE = {
 }  # fmt: skip
 _FLOAT32 = ((Tiles(64, 64, 64, 16, 4, 3), 1.0), (Tiles(32, 64, 32, 16, 4, 3), 1.4))
 _INTERPRETER = ((Tiles(16, 16, 32, 16, 4, 1), 1.0),)
-# A super-chunk whose chunks have step sizes of their own keeps two accumulators in its write.
-_TWO_SUMS = {
-    80: ((Tiles(128, 128, 64, 32, 8, 4), 1.0), (Tiles(64, 128, 64, 32, 4, 4), 1.25)),
-    86: ((Tiles(128, 128, 64, 32, 8, 4), 1.0), (Tiles(64, 64, 64, 32, 4, 4), 1.4)),
-    90: ((Tiles(128, 128, 64, 64, 8, 3, 128), 1.0), (Tiles(64, 128, 64, 64, 4, 4), 1.2)),
-    100: ((Tiles(128, 128, 64, 64, 8, 3, 128), 1.0), (Tiles(64, 128, 64, 64, 4, 4), 1.2)),
-    120: ((Tiles(128, 128, 64, 32, 8, 3), 1.0), (Tiles(64, 64, 64, 32, 4, 4), 1.4)),
-}
 
 
 def known_architecture(architecture: int) -> int:
@@ -122,7 +114,7 @@ def known_architecture(architecture: int) -> int:
 
 
 def forward_tiles(
-    architecture: int, itemsize: int, blocks: int, tokens: int, d: int, f: int, two_sums: bool
+    architecture: int, itemsize: int, blocks: int, tokens: int, d: int, f: int
 ) -> Tiles:
     """Tiles of the forward step: the candidate with the least predicted time of one launch.
 
@@ -130,8 +122,6 @@ def forward_tiles(
     2 d f tokens FLOPs, handed to the multiprocessors longest first, so that it takes about
 
         max(longest tile, all tiles / multiprocessors) * slowness of the candidate
-
-    `two_sums`: does the write keep two accumulators?
     """
     architecture = known_architecture(architecture)
     if not architecture:
@@ -139,7 +129,7 @@ def forward_tiles(
     elif itemsize == 4:
         candidates = _FLOAT32
     else:
-        candidates = (_TWO_SUMS if two_sums else _WIDE)[architecture]
+        candidates = _WIDE[architecture]
 
     def time(candidate: tuple[Tiles, float]) -> float:
         tile, slowness = candidate

@@ -227,12 +227,13 @@ class Backward:
     def chunks(self) -> dict:
         return dict(CHUNK=self.chunk, HAS_STEPS=self.has_steps, **self.steps)
 
-    def state_cut(self, *, two_sums: bool = False) -> dict:
-        """Compile-time facts of the launches over tiles of the state."""
+    def state_cut(self, *, rescales: bool = False) -> dict:
+        """Compile-time facts of the launches over tiles of the state. `rescales`: the sum between products,
+        for which sm_100 moves it from its tensor memory to registers; a second program has no room then."""
         t = self.state_tile
         options = t.launch
-        if two_sums:
-            options.pop("maxnreg", None)  # the second accumulator needs the registers of a second program
+        if rescales and architecture(self.z.device) >= 100:
+            options.pop("maxnreg", None)
         return dict(
             D=self.d, F=self.f, PRECISION=self.precision, EVEN_D=self.d % t.d == 0,
             EVEN_F=self.f % t.f == 0, BLOCK_D=t.d, BLOCK_F=t.f, BLOCK_K=t.k, **options,
@@ -258,7 +259,7 @@ class Backward:
             BLOCK=self.table.length, base_stride=self.d * self.f if base.dim() == 3 else 0, LAST=last,
             SUBTRACT=subtract, PRESERVE=self.preserve, SUPER=self.super, SHADOW=self.rounded,
             EVEN_C=self.chunk % self.state_tile.k == 0, **self.chunks,
-            **self.state_cut(two_sums=self.super and self.has_steps),
+            **self.state_cut(rescales=self.super and self.has_steps),
         )  # fmt: skip
 
     def leave(self, n: int, *, ratio: bool) -> None:

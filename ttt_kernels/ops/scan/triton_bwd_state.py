@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ttt_kernels.ops.scan.triton_fwd import halve, load_block
+from ttt_kernels.ops.scan.triton_fwd import halve, load_block, next_scale
 
 
 @triton.jit
@@ -59,29 +59,25 @@ def scaled_outer_products(
     EVEN_F: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The same of whole chunks, each times its own step: two accumulators, and one loop, so that loads
-    run ahead across chunks."""
+    """The same of whole chunks, each times its own step, in one loop, so that loads run ahead across
+    chunks."""
     o_k = tl.arange(0, BLOCK_K)
     o_d, o_f = i_d * BLOCK_D + tl.arange(0, BLOCK_D), i_f * BLOCK_F + tl.arange(0, BLOCK_F)
     r_d = o_d if EVEN_D else tl.minimum(o_d, D - 1)
     r_f = o_f if EVEN_F else tl.minimum(o_f, F - 1)
     tiles = tl.cdiv(CHUNK, BLOCK_K)
     b = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
-    b_chunk = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
+    scale = tl.zeros((), tl.float32)
     for i in range(0, tokens // CHUNK * tiles):
         i_tile = i % tiles
         i_k = i // tiles * CHUNK + i_tile * BLOCK_K
         p_a = a + i_k * D + (o_k[:, None] * D + r_d[None, :])
         p_z = z + i_k * F + (o_k[:, None] * F + r_f[None, :])
-        if EVEN_C:
-            b_a, b_z = tl.load(p_a), tl.load(p_z)
-        else:
-            m_k = (i_tile * BLOCK_K + o_k < CHUNK)[:, None]
-            b_a, b_z = tl.load(p_a, mask=m_k, other=0.0), tl.load(p_z, mask=m_k, other=0.0)
-        b_chunk = tl.dot(tl.trans(b_a), b_z, b_chunk * (i_tile > 0), input_precision=PRECISION)
-        if i_tile == tiles - 1:
-            b += tl.load(steps + i // tiles) * b_chunk
-    return b
+        scale, factor, counts = next_scale(scale, tl.load(steps + i // tiles), i_tile == 0)
+        m_k = (i_tile * BLOCK_K + o_k < tl.where(counts, CHUNK, 0))[:, None]
+        b_a, b_z = tl.load(p_a, mask=m_k, other=0.0), tl.load(p_z, mask=m_k, other=0.0)
+        b = tl.dot(tl.trans(b_a), b_z, b * factor, input_precision=PRECISION)
+    return b * scale
 
 
 @triton.jit

@@ -187,14 +187,28 @@ def store_state(b_w, p_state, p_shadow, m_w):
 
 
 @triton.jit
+def next_scale(scale, step, starts):
+    """For a sum of chunks, each times its own step, in one accumulator: it holds the sum so far over `scale`,
+    the step of the last chunk that counts, and is multiplied by `factor` where the next one `starts`. A
+    chunk whose step is 0, or 2^-60 of the one before, does not count: its operands are to be read as zero.
+
+    Returns:
+        scale, factor and whether the chunk counts.
+    """
+    counts = (tl.abs(step) > tl.abs(scale) * 8.673617379884035e-19) | (step != step)  # NaN counts
+    factor = tl.where(starts & counts & (scale != 0), tl.div_rn(scale, tl.where(counts, step, 1.0)), 1.0)
+    return tl.where(counts, step, scale), factor, counts
+
+
+@triton.jit
 def write_tokens(
     z, v, z_columns, v_columns, steps, lr, first, length, i_d, i_f, D, F, CHUNK, HAS_STEPS: tl.constexpr,
     SUPER: tl.constexpr, EVEN_C: tl.constexpr, EVEN_D: tl.constexpr, EVEN_F: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """sum over `length` tokens of s_t v_t z_t^T, for one tile of W. Where chunks of a block have step
-    sizes of their own, each chunk's product is summed alone and then added scaled: two accumulators."""
+    """sum over `length` tokens of s_t v_t z_t^T, for one tile of W; see `next_scale` for chunks of a block
+    that have step sizes of their own."""
     EACH: tl.constexpr = SUPER and HAS_STEPS
     o_d, o_f = i_d * BLOCK_D + tl.arange(0, BLOCK_D), i_f * BLOCK_F + tl.arange(0, BLOCK_F)
     o_k = tl.arange(0, BLOCK_K)
@@ -205,29 +219,29 @@ def write_tokens(
     p_z = (z + first * F) + (o_k[:, None] * F + r_f[None, :])
     span = CHUNK if EACH else length
     tiles = tl.cdiv(span, BLOCK_K)
+    scale = lr * 0
     b_g = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
-    b_u = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
     for i_n in range(0, length // CHUNK * tiles if EACH else tiles):
         i_tile = i_n % tiles if EACH else i_n
         i_k = i_n // tiles * CHUNK + i_tile * BLOCK_K if EACH else i_n * BLOCK_K
+        if EACH:
+            scale, factor, counts = next_scale(scale, tl.load(steps + i_n // tiles), i_tile == 0)
+            b_g *= factor
         if DESCRIPTORS:
             i_t = first.to(tl.int32) + i_k
+            if EACH:  # what lies before the first token is read as zero
+                i_t = tl.where(counts, i_t, -BLOCK_K)
             b_v, b_z = v_columns.load([i_t, i_d * BLOCK_D]), z_columns.load([i_t, i_f * BLOCK_F])
         else:
             q_v, q_z = p_v + i_k.to(tl.int64) * D, p_z + i_k.to(tl.int64) * F
-            if EVEN_C:
+            if EVEN_C and not EACH:
                 b_v, b_z = tl.load(q_v), tl.load(q_z)
             else:
-                m_t = (i_tile * BLOCK_K + o_k < span)[:, None]
+                m_t = (i_tile * BLOCK_K + o_k < (tl.where(counts, span, 0) if EACH else span))[:, None]
                 b_v, b_z = tl.load(q_v, mask=m_t, other=0.0), tl.load(q_z, mask=m_t, other=0.0)
-        if EACH:
-            b_g = tl.dot(tl.trans(b_v), b_z, b_g * (i_tile > 0), input_precision=PRECISION)
-            if i_tile == tiles - 1:
-                b_u += tl.load(steps + i_n // tiles) * b_g
-        else:
-            b_g = tl.dot(tl.trans(b_v), b_z, b_g, input_precision=PRECISION)
+        b_g = tl.dot(tl.trans(b_v), b_z, b_g, input_precision=PRECISION)
     if EACH:
-        return b_u
+        return b_g * scale
     else:
         return b_g * (tl.load(steps) if HAS_STEPS else lr)
 
@@ -343,8 +357,7 @@ class Forward:
     def choose_tiles(self) -> Tiles:
         arch, size = architecture(self.z.device), self.z.element_size()
         blocks = max((len(self.table.of(n)) for n in self.table.launches), default=0)
-        two = self.super and self.has_steps
-        return forward_tiles(arch, size, blocks, self.table.length, self.d, self.f, two)
+        return forward_tiles(arch, size, blocks, self.table.length, self.d, self.f)
 
     def float32(self, *shape: int) -> Tensor:
         return self.z.new_empty(shape, dtype=torch.float32)
