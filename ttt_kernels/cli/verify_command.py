@@ -202,10 +202,12 @@ class Verification:
 
 def check_patterns(patterns: Sequence[str] | None, tree: Path) -> None:
     """Before anything is copied: a pattern names a stage of a machine with a GPU, or of one without."""
-    machines = {}, {"gpus": ["any"]}
-    places = [Place(tree, Path(), _config.compiling_environment(), machine) for machine in machines]
+    if patterns is None:
+        return
+    machines, environment = ({}, {"gpus": ["any"]}), _config.compiling_environment()
+    places = [Place(tree, Path(), environment, machine) for machine in machines]
     known = dict.fromkeys(s.name for place in places for p in verify_stages.phases(place) for s in p.stages)
-    for pattern in patterns or ():
+    for pattern in patterns:
         if not matching(known, [pattern]):
             raise UserError(f"--stage {pattern} names none of: {', '.join(known)}")
 
