@@ -27,7 +27,7 @@ FLAGS = (
 SANITIZERS = ["-fsanitize=address"]
 EMULATION = sorted(path for path in (SOURCES / "emulation").glob("*.cpp") if path.stem != "device")
 PROGRAMS = {
-    "gemm": [SOURCES / "tests" / name for name in ("gemm_sm80.cu", "gemm_sm90.cu", "gemm_problem.cpp")],
+    "gemm": sorted((SOURCES / "tests").glob("gemm_*")),
     "scan": [SOURCES / "tests/scan_problem.cpp", *sorted((SOURCES / "kernels/scan").glob("*.cu"))],
 }
 LIMIT_S = 120  # of a program: the emulation reports what hangs, so that none should need it

@@ -103,7 +103,7 @@ def apply_call(
     return Call(ttt.fast_weight_apply, tensors, {"slots": where, **options})
 
 
-def gradients(outputs: list[Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+def gradients(outputs: list[Tensor], leaves: dict[str, Tensor], **options) -> dict[str, Tensor]:
     """d<name> of every leaf, for random output gradients that depend on position and shape only."""
     directions = [randn(*t.shape, seed=50 + i, dtype=t.dtype) for i, t in enumerate(outputs)]
     live = [(t, d) for t, d in zip(outputs, directions, strict=True) if t.requires_grad]
@@ -113,6 +113,7 @@ def gradients(outputs: list[Tensor], leaves: dict[str, Tensor]) -> dict[str, Ten
         [d for _, d in live],
         allow_unused=True,
         materialize_grads=True,
+        **options,
     )
     return {f"d{k}": g for k, g in zip(leaves, grads, strict=True)}
 
@@ -124,6 +125,19 @@ def results(call: Call, **changes) -> dict[str, Tensor]:
     outputs = [outputs] if isinstance(outputs, Tensor) else [t for t in outputs if t is not None]
     grads = gradients(outputs, leaves)
     return {f"out{i}": t.detach() for i, t in enumerate(outputs)} | grads
+
+
+def kept_and_consumed(call: Call, **changes) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
+    """Gradients of a scan's y where autograd keeps the graph for another backward, which leaves the saved
+    state alone, and where it does not; and whether that one has overwritten the state."""
+    leaves = call.leaves()
+    y, _ = call(**leaves, return_state=False, **changes)
+    saved = y.grad_fn.saved_tensors[0]
+    before = saved.clone()
+    kept = gradients([y], leaves, retain_graph=True)
+    assert torch.equal(saved, before)
+    consumed = gradients([y], leaves)
+    return kept, consumed, not torch.equal(saved, before)
 
 
 def error(got: Tensor, want: Tensor) -> float:

@@ -24,7 +24,7 @@ def programs(tmp_path_factory) -> Programs:
 
 @pytest.fixture(scope="module")
 def library(programs) -> ctypes.CDLL:
-    names = ("primitives.cu", "gemm_sm80.cu", "gemm_sm90.cu")
+    names = ("primitives.cu", "clusters.cu", "gemm_sm80.cu", "gemm_sm90.cu", "gemm_cluster.cu")
     loaded = ctypes.CDLL(str(programs.library("kernels.so", [SOURCES / "tests" / name for name in names])))
     loaded.ttt_emulation_last_error.restype = ctypes.c_char_p
     loaded.ttt_emulation_set_schedule.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64]
@@ -148,7 +148,7 @@ def test_tensor_map_is_refused(library):
 
 # --- products -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("transposed", [(False, False), (False, True), (True, False), (True, True)])
-@pytest.mark.parametrize("columns", [128, 256])
+@pytest.mark.parametrize("columns", [128, 192])
 @pytest.mark.parametrize("name", TYPES)
 def test_wgmma(library, name, columns, transposed):
     m, n, k = 72, 264, 88
@@ -180,6 +180,30 @@ def test_mma_sync_product(library, name):
     torch.testing.assert_close(c.double(), a.double() @ b.double().T, rtol=1e-5, atol=1e-4)
 
 
+SCHEDULES = [(order, timing) for order in range(3) for timing in range(3)]
+
+
+@pytest.fixture
+def scheduled(library, request):
+    """The library under a schedule (order, timing)."""
+    library.ttt_emulation_set_schedule(*request.param, 6)
+    yield library
+    library.ttt_emulation_set_schedule(0, 1, 0)
+
+
+@pytest.mark.parametrize("scheduled", SCHEDULES, indirect=True)
+@pytest.mark.parametrize("name", TYPES)
+def test_product_of_a_cluster(scheduled, name):
+    m, n, k = 136, 136, 264
+    a, b = torch.randn(m, k).to(TYPES[name]), torch.randn(n, k).to(TYPES[name])
+    c = torch.full((m, n), torch.nan)
+    code = scheduled.gemm_cluster(
+        ctypes.c_bool(name == "bfloat16"), *map(pointer, (a, b, c)), *map(ctypes.c_int64, (m, n, k))
+    )
+    passed(scheduled, code)
+    torch.testing.assert_close(c.double(), a.double() @ b.double().T, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", TYPES)
 def test_conversions(library, name):
     """Every 16-bit pattern to float32; and back the neighbourhood of each, ties and NaN included."""
@@ -201,6 +225,66 @@ def test_conversions(library, name):
         nan = expected.isnan()
         assert torch.equal(ours.isnan(), nan)
         assert torch.equal(ours[~nan].view(torch.int16), expected[~nan].view(torch.int16))
+
+
+# --- clusters -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("scheduled", [(0, 1), (1, 0), (2, 2)], indirect=True)
+@pytest.mark.parametrize(("cluster", "origin", "mask"), [(1, 0, 1), (2, 1, 1), (4, 2, 0b1011), (8, 7, 0xFF)])
+def test_multicast(scheduled, cluster, origin, mask):
+    """The box arrives in the blocks of the mask, whichever block loads it, and in no other."""
+    rows, columns = 2, 2 * cluster
+    memory = aligned(64 * 64, np.uint16)
+    memory[:] = np.random.default_rng(3).integers(0, 1 << 15, memory.size)
+    ranks = np.full((rows, columns), -1, np.int32)
+    boxes = np.zeros((rows, columns, 64, 8, 8), np.uint16)
+    arrays = [pointer(memory), origin, mask, pointer(ranks), pointer(boxes)]
+    passed(scheduled, scheduled.multicast_of(cluster, rows, columns, *arrays))
+    np.testing.assert_array_equal(ranks, np.arange(columns)[None] % cluster + np.zeros((rows, 1), int))
+    for box, rank in zip(boxes.reshape(-1, 64, 8, 8), ranks.ravel(), strict=True):
+        poison = np.full_like(box, 0xFFFF)
+        np.testing.assert_array_equal(box, swizzled(memory.reshape(64, 64)) if mask >> rank & 1 else poison)
+
+
+def test_cluster_limits(library):
+    memory, out = aligned(64 * 64, np.uint16), np.zeros(1 << 16, np.uint8)
+    arrays = [pointer(memory), 0, 1, pointer(out), pointer(out)]
+    assert library.multicast_of(0, 1, 2, *arrays) == 912  # cudaErrorInvalidClusterSize
+    assert library.multicast_of(9, 1, 9, *arrays) == 912
+    assert library.multicast_of(2, 1, 3, *arrays) == 9  # cudaErrorInvalidConfiguration
+    count = ctypes.c_int(-1)
+    for cluster, expected in [(1, 2), (2, 1), (4, 0)]:
+        passed(library, library.clusters_of(cluster, ctypes.byref(count)))
+        assert count.value == expected
+
+
+CLUSTER_FAULTS = [  # in the order of csrc/tests/clusters.cu, from 2: order of blocks, what the error says
+    (2, 0, "barrier_arrive_cluster: block 1 of the cluster has ended"),
+    (3, 0, "an mbarrier that nobody has initialised"),
+    (3, 1, "an mbarrier that nobody has initialised"),
+    (4, 0, "has not told of its mbarrier by fence_barrier_init and cluster_sync"),
+    (5, 0, "barrier_arrive_cluster: block 2 of the cluster, which has 2"),
+    (6, 0, "load_box_multicast: block 1 of the cluster has ended"),
+    (6, 1, "block (1, 0, 0), thread 0: the block ended before a load into it had arrived"),
+    (7, 0, "an mbarrier that nobody has initialised"),
+    (8, 0, "load_box_multicast: block 2 of the cluster, which has 2"),
+    (9, 0, "load_box_multicast into no block"),
+    (10, 0, "load_box over ordinary stores without fence_async_shared"),
+    (11, 0, "load_box over a load that is under way"),
+    (12, 0, "nothing can go on: in block (0, 0, 0) threads 0 to 31 wait in barrier_wait of parity 0 at "),
+    (12, 0, "; in block (1, 0, 0) threads 0 to 31 wait in cluster_sync, where 32 of 64 threads are"),
+]
+
+
+@pytest.mark.parametrize(("fault", "order", "text"), CLUSTER_FAULTS)
+def test_faults_of_clusters_are_told(library, fault, order, text):
+    memory = aligned(64 * 64, np.uint16)
+    library.ttt_emulation_set_schedule(order, 1, 0)
+    code = library.cluster_fault_of(fault, pointer(memory))
+    library.ttt_emulation_set_schedule(0, 1, 0)
+    error = library.ttt_emulation_last_error().decode()
+    assert code == 719 and text in error, error
+    for none in (0, 1):  # the next launch is well; a thread that has ended is not waited for
+        passed(library, library.cluster_fault_of(none, pointer(memory)))
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -271,6 +355,6 @@ def test_portable_stacks(programs):
     expected = programs.folder / "expected"
     written = programs.run(programs.build("gemm"), "write", expected)
     assert written.returncode == 0, written.stdout
-    portable = programs.mutant("gemm", ["emulation/fiber.cpp", "emulation/block.cpp"], [change])
+    portable = programs.mutant("gemm", ["emulation/fiber.cpp", "emulation/cluster.cpp"], [change])
     checked = programs.run(portable, "check", expected)
     assert checked.returncode == 0, checked.stdout

@@ -28,13 +28,32 @@ GEMM = {  # the line, what stands there instead, and what the failure says
     "registers of one warp": (SM90, RELEASE, "if (threadIdx.x < 32) " + RELEASE, "not all warps"),
 }
 
+CLUSTER = "tests/gemm_cluster.cu"
+EMPTY = "barrier_init(&shared.empty[stage], kCluster);"
+ARRIVALS = "if (thread < kCluster) barrier_arrive_cluster(&shared.empty[stage], thread);"
+OWN_ARRIVAL = "if (thread == 0) barrier_arrive(&shared.empty[stage]);"
+GEMM_OF_CLUSTER = {  # lines, what stands there instead, and what the failure says
+    "cluster_sync first": ({"cluster_sync();\n  if": "__syncthreads();\n  if"}, "nobody has initialised"),
+    "fence of the inits": ({"fence_barrier_init();": "(void)0;"}, "without fence_barrier_init"),
+    "cluster_sync last": ({"cluster_sync();\n}": "}"}, "of the cluster has ended"),
+    "arrival at the other block": ({ARRIVALS: OWN_ARRIVAL}, "lacks 1 arrivals"),
+    "arrival, not counted": ({ARRIVALS: OWN_ARRIVAL, EMPTY: EMPTY.replace("kCluster", "1")}, ""),
+    "bytes of the other block": ({"(1 + kCluster) * kBoxBytes": "2 * kBoxBytes"}, ""),
+    "mask of one": ({"full, kAll);": "full, 1 << rank);"}, "and 8192 bytes"),
+    "mask of three": ({"full, kAll);": "full, 7);"}, "block 2 of the cluster, which has 2"),
+    "both halves": ({"shared.b[stage][rank]": "shared.b[stage][0]"}, "over a load that is under way"),
+}
+
 # The file that is changed, and the one that is compiled anew.
 APPLY_80, APPLY_90 = "kernels/scan/forward_step.cu", "kernels/scan/sm90_forward_step.cu"
+STATE_90 = "kernels/scan/sm90_state_step.cu"
 SLAB = ("include/ttt/gemm_sm80.cuh", APPLY_80)
 PIPELINE, TILES = ("kernels/scan/sm90_pipeline.cuh", APPLY_90), ("kernels/scan/sm90_tiles.cuh", APPLY_90)
 SLAB_WAIT = "wait_copies<kStages - 2>();\n"
 FREE = "barrier_wait(&storage.empty[at.stage], at.phase ^ 1);"
 LOADED = "barrier_wait(&storage.full[at.stage], at.phase"
+TURN = "barrier_wait(&storage.turns[group], turn_phase);"
+FREED = "if (lane() < kCluster) barrier_arrive_cluster"
 SCAN = {
     "wait_copies": (SLAB, SLAB_WAIT, "", ""),
     "barrier": (SLAB, SLAB_WAIT + "    __syncthreads();", SLAB_WAIT, ""),
@@ -43,7 +62,14 @@ SCAN = {
     "parity": (PIPELINE, LOADED + ");", LOADED + " ^ 1);", ""),
     "wait_products of the step before": (PIPELINE, "wait_products<1>();", "", "wrong result"),
     "fence of cleared rows": (PIPELINE, "fence_async_shared();", "", "without fence_async_shared"),
-    "barrier of cleared rows": (PIPELINE, "named_barrier(kAllConsumers, kConsumers);", "", ""),
+    "turn": (PIPELINE, TURN, "", ""),
+    "place of the next turn": (PIPELINE, "if (thread == 0) storage.cursors[group ^ 1] = at;", "", ""),
+    "warp that passes the turn": ((PIPELINE[0], STATE_90), "__syncwarp();", "", "nothing can go on"),
+    "turn is passed": (PIPELINE, "pass_turn();\n    finish(c);", "finish(c);", "nothing can go on"),
+    "arrival at the neighbour": (PIPELINE, FREED, FREED.replace("kCluster)", "1)"), "nothing can go on"),
+    "boxes of the neighbour": (PIPELINE, "(rank + step) % kCluster", "step % kCluster", ""),
+    "the neighbours' start": (PIPELINE, "}\n  cluster_sync();\n", "}\n  __syncthreads();\n", ""),
+    "the neighbours' end": (PIPELINE, "  cluster_sync();  //", "  //", ""),
     "wait_stores_read": (TILES, "wait_stores_read<1>();", "", ""),
     "fence before a store": (TILES, "fence_async_shared();", "", "without fence_async_shared"),
 }
@@ -69,8 +95,8 @@ def expected(programs: Programs, name: str):
     return file
 
 
-def fails(programs: Programs, name: str, unit: str, change: Change, shows: str) -> None:
-    mutant = programs.mutant(name, [unit], [change])
+def fails(programs: Programs, name: str, unit: str, changes: list[Change], shows: str) -> None:
+    mutant = programs.mutant(name, [unit], changes)
     checked = programs.run(mutant, "check", expected(programs, name))
     assert checked.returncode == 1, f"passed under every schedule\n{checked.stderr}"
     assert shows in checked.stdout, checked.stdout
@@ -85,13 +111,19 @@ def test_same_bits_under_every_schedule(programs, name):
 @pytest.mark.parametrize("what", GEMM)
 def test_mutant_of_a_product_fails(programs, what):
     file, old, new, shows = GEMM[what]
-    fails(programs, "gemm", file, Change(file, old, new or "(void)0;"), shows)
+    fails(programs, "gemm", file, [Change(file, old, new or "(void)0;")], shows)
+
+
+@pytest.mark.parametrize("what", GEMM_OF_CLUSTER)
+def test_mutant_of_the_product_of_a_cluster_fails(programs, what):
+    lines, shows = GEMM_OF_CLUSTER[what]
+    fails(programs, "gemm", CLUSTER, [Change(CLUSTER, old, new) for old, new in lines.items()], shows)
 
 
 @pytest.mark.parametrize("what", SCAN)
 def test_mutant_of_the_scan_fails(programs, what):
     (file, unit), old, new, shows = SCAN[what]
-    fails(programs, "scan", unit, Change(file, old, new or "(void)0;"), shows)
+    fails(programs, "scan", unit, [Change(file, old, new or "(void)0;")], shows)
 
 
 def test_sanitized(programs):

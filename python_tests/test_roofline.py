@@ -3,6 +3,8 @@
 import doctest
 from dataclasses import fields
 
+from dataclasses import replace
+
 import pytest
 
 from ttt_kernels.testing import roofline
@@ -70,6 +72,23 @@ def test_a_tile_is_fed_from_the_cache():
     flops, starved = Tiles(1, flops=1e8), Tiles(1, flops=1e8, loads=1e7)
     assert tile_seconds(H200, starved, 2) == pytest.approx(1e7 * SMS / H200.l2_bandwidth)
     assert tile_seconds(H200, starved, 2) > tile_seconds(H200, flops, 2)
+
+
+def test_what_the_tail_reads_comes_from_the_cache_too():
+    """Beside another tile, which multiplies meanwhile; alone the tail comes after the loads anyway."""
+    tile = Tiles(1, loads=6e5, tail=5e5, tail_reads=2e5)
+    share = H200.l2_bandwidth / SMS
+    assert tile_seconds(H200, tile, 2) == pytest.approx(8e5 / share)
+    assert tile_seconds(H200, tile, 1) == pytest.approx(FILL + 11e5 / share)
+
+
+def test_tiles_of_one_program_overlap():
+    """As two programs side by side, but nothing hides the last tail."""
+    tiles = Tiles(10 * SMS, flops=1e8, tail=1e5)
+    turns = replace(tiles, rounds=0, overlap=True)
+    assert tile_seconds(H200, turns, 1) == tile_seconds(H200, tiles, 2) < tile_seconds(H200, tiles, 1)
+    last = 1e5 * SMS / H200.l2_bandwidth
+    assert busiest(H200, [turns], 1) == pytest.approx(busiest(H200, [tiles], 2) + last)
 
 
 def test_dependent_rounds_wait():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from emulated import DEVICE, DTYPES, GPU, PATHS, cuda_kernels, schedule  # noqa: F401
-from helpers import Call, assert_close, assert_same, gradients, randn, results
+from helpers import Call, assert_close, assert_same, gradients, kept_and_consumed, randn, results
 
 import ttt_kernels as ttt
 from ttt_kernels import testing
@@ -184,6 +184,17 @@ def test_strided_and_misaligned_views():
     assert odd["z"].data_ptr() % 16
     y, state = call(**odd)
     assert_same({"out0": y, "out1": state}, {k: once[k] for k in ("out0", "out1")})
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("preserve", [False, True])
+def test_in_the_saved_state(preserve):
+    """The same bits as in a copy of it."""
+    for cu, state in ((None, False), (None, True), (PACKINGS["lengths"], False)):
+        call = scan_call(2, 19, cu=cu, state=state, preserve_row_norm=preserve)
+        kept, consumed, overwritten = kept_and_consumed(call)
+        assert_same(consumed, kept)
+        assert overwritten
 
 
 @pytest.mark.parametrize("preserve", [False, True])

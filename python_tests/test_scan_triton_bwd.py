@@ -5,7 +5,17 @@ Its values are in test_scan_triton.py, what the compiler made of it in test_kern
 
 import pytest
 import torch
-from helpers import C, Call, assert_close, assert_same, gradients, randn, results, scan_call
+from helpers import (
+    C,
+    Call,
+    assert_close,
+    assert_same,
+    gradients,
+    kept_and_consumed,
+    randn,
+    results,
+    scan_call,
+)
 from test_scan_triton import DEVICE, LOW, STEPS, place
 from test_scan_values import FLAGS, LENGTHS, PACKINGS, flags
 
@@ -105,6 +115,19 @@ def test_second_backward(preserve, block_length):
     loss = y.square().sum() + state.sin().sum()
     first, second = (torch.autograd.grad(loss, list(leaves.values()), retain_graph=True) for _ in range(2))
     assert_same(dict(enumerate(first)), dict(enumerate(second)))
+
+
+@pytest.mark.parametrize("preserve", [False, True])
+def test_in_the_saved_state(preserve, block_length):
+    """The same bits as in a copy of it."""
+    full, low = (block_length + 1) * C, torch.float16
+    for cu, state, dtype in (
+        (None, False, low), (None, True, torch.float32), ([0, full, full, full + C + 1], False, low),
+    ):  # fmt: skip
+        call = scan_call(1, full + C + 1, cu=cu, dtype=dtype, state=state, preserve_row_norm=preserve)
+        kept, consumed, overwritten = kept_and_consumed(place(call), impl="triton")
+        assert_same(consumed, kept)
+        assert overwritten
 
 
 @pytest.mark.parametrize("preserve", [False, True])

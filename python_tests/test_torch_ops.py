@@ -87,6 +87,7 @@ def scan_samples(dtype):
         yield "scan_fwd", forward
         yield "scan_fwd", (*common, False, "eager")
         yield "scan_bwd", (torch.ones_like(y), dstate, carried, *common, "eager")
+        yield "scan_bwd_consume", (torch.ones_like(y), dstate, carried.clone(), *common, "eager")
 
 
 def other_samples(dtype):
@@ -113,7 +114,7 @@ def test_opcheck(samples, dtype):
         seen.add(name)
         utils = ["test_schema", "test_faketensor"]
         torch.library.opcheck(getattr(RAW, name).default, arguments, test_utils=utils)
-    assert len(seen) == (2 if samples is scan_samples else 6)
+    assert len(seen) == (3 if samples is scan_samples else 6)
 
 
 @pytest.mark.parametrize("samples", [scan_samples, other_samples])

@@ -27,6 +27,7 @@ enum cudaError_t {
   cudaErrorMisalignedAddress = 716,
   cudaErrorLaunchFailure = 719,
   cudaErrorNotSupported = 801,
+  cudaErrorInvalidClusterSize = 912,
   cudaErrorUnknown = 999,
 };
 using cudaStream_t = struct CUstream_st*;
@@ -41,14 +42,19 @@ namespace ttt::emulation {
 
 constexpr int kMostShared = 232448;  // bytes a block may ask for on sm_90
 constexpr int kMultiprocessors = 2;
+constexpr int kMostBlocks = 8;  // of a cluster
 
 struct Site {
   const char* file;
   int line;
 };
 
-// Runs the grid; cudaErrorLaunchFailure, and last_error() tells, where a rule of the hardware was broken.
-cudaError_t run(const std::function<void()>& kernel, dim3 grid, dim3 block, int shared);
+// Runs the grid, in clusters of neighbours along x. cudaErrorLaunchFailure, and last_error() tells, where a
+// rule of the hardware was broken.
+cudaError_t run(const std::function<void()>& kernel, int cluster, dim3 grid, dim3 block, int shared);
+
+// How many such clusters the one device there is runs at the same time.
+cudaError_t count_clusters(int* count, int cluster, dim3 block, int shared);
 
 // Ends the kernel with this text.
 [[noreturn]] void fail(const std::string& text);
@@ -79,6 +85,10 @@ void fence_barrier_init();
 void barrier_arrive(void* barrier, int bytes, Site site);
 void barrier_wait(void* barrier, std::uint32_t parity, Site site);
 
+int cluster_rank();
+void cluster_sync(Site site);
+void barrier_arrive_cluster(void* barrier, int rank, Site site);
+
 // A tensor [planes, rows, columns] of 16-bit numbers; strides in elements.
 struct alignas(64) Tensor {
   std::uint64_t magic;
@@ -95,6 +105,9 @@ struct BoxIndex {
 };
 void touch_global(const void* global, int bytes, Site site);
 void load_box(void* shared, const Tensor& tensor, BoxIndex index, void* barrier, Site site);
+// Into the blocks of the cluster that have a bit in `mask`.
+void load_box_multicast(void* shared, const Tensor& tensor, BoxIndex index, void* barrier, unsigned mask,
+                        Site site);
 void store_box(const Tensor& tensor, const void* shared, BoxIndex index, Site site);
 void commit_stores();
 void wait_stores(int pending, bool only_read);

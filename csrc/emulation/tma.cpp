@@ -48,11 +48,28 @@ void check_tensor(const Tensor& tensor, Site site) {
   if (reinterpret_cast<std::uintptr_t>(&tensor) % 64 != 0) fail("a tensor map is aligned to 64 bytes", site);
 }
 
-bool published(const unsigned char* at, std::size_t bytes) {
-  return std::memcmp(at, block->async_view.data() + (at - block->shared), bytes) == 0;
+// The mbarrier of another block of the cluster, or of this one, at the place of `barrier`.
+Phases& phases_of(int rank, void* barrier, const char* what, Site site) {
+  const auto& blocks = block->cluster.blocks;
+  const std::ptrdiff_t place = checked_shared(barrier, 8, 8, "an mbarrier", site) - block->shared;
+  const std::string where = join({what, ": block ", std::to_string(rank), " of the cluster"});
+  if (rank < 0 || rank >= static_cast<int>(blocks.size())) {
+    fail(join({where, ", which has ", std::to_string(blocks.size())}), site);
+  }
+  Block& other = *blocks[rank];
+  if (other.ended()) fail(where + " has ended", site);
+  Phases& phases = other.phases(other.shared + place, site);
+  if (&other != block && !phases.told) {
+    fail(where + " has not told of its mbarrier by fence_barrier_init and cluster_sync", site);
+  }
+  return phases;
 }
 
 }  // namespace
+
+bool Block::published(const unsigned char* at, std::size_t bytes) const {
+  return std::memcmp(at, async_view.data() + (at - shared), bytes) == 0;
+}
 
 // --- mbarrier -------------------------------------------------------------------------------------
 Phases& Block::phases(void* barrier, Site site) {
@@ -80,7 +97,7 @@ void barrier_init(void* barrier, int count, Site site) {
   if (count < 1) fail("an mbarrier waits for at least one arrival", site);
   auto& all = block->barriers;
   all.remove_if([&](const Phases& phases) { return phases.at == barrier; });
-  all.push_back({barrier, count, count, 0, 0, block->current().index, false});
+  all.push_back({barrier, count, count, 0, 0, block->current().index, false, false});
   std::memcpy(barrier, &kBarrierMagic, sizeof(kBarrierMagic));
 }
 
@@ -92,6 +109,11 @@ void fence_barrier_init() {
 
 void barrier_arrive(void* barrier, int bytes, Site site) {
   block->arrive(block->phases(barrier, site), 1, bytes);
+}
+
+void barrier_arrive_cluster(void* barrier, int rank, Site site) {
+  Phases& phases = phases_of(rank, barrier, "barrier_arrive_cluster", site);
+  block->cluster.blocks[rank]->arrive(phases, 1, 0);
 }
 
 void barrier_wait(void* barrier, std::uint32_t parity, Site site) {
@@ -120,9 +142,7 @@ void touch_global(const void* global, int bytes, Site site) {
   for (int i = 0; i < bytes; i += 16) (void)static_cast<const volatile unsigned char*>(global)[i];
 }
 
-void Block::deliver(std::size_t which) {
-  const BoxLoad load = loads[which];
-  loads.erase(loads.begin() + static_cast<std::ptrdiff_t>(which));
+void Block::deliver(const BoxLoad& load) {
   const auto untouched = [](unsigned char byte) { return byte == kPoison; };
   if (!std::all_of(load.to, load.to + kBytes, untouched)) {
     fail("shared memory was written while a load into it was under way", load.site);
@@ -136,22 +156,38 @@ void Block::deliver(std::size_t which) {
   arrive(*load.barrier, 0, -static_cast<std::int64_t>(kBytes));
 }
 
-void load_box(void* into, const Tensor& tensor, BoxIndex index, void* barrier, Site site) {
-  check_tensor(tensor, site);
-  unsigned char* to = checked_shared(into, kBytes, 1024, "a box", site);
-  Phases& phases = block->phases(barrier, site);
+void Block::load(unsigned char* to, const Tensor& tensor, BoxIndex index, Phases& phases, Site site) {
   if (!phases.fenced) fail("load_box at an mbarrier without fence_barrier_init", site);
   if (!published(to, kBytes)) fail("load_box over ordinary stores without fence_async_shared", site);
-  for (const BoxLoad& load : block->loads) {
+  for (const BoxLoad& load : cluster.loads) {
     if (load.to < to + kBytes && to < load.to + kBytes) {
       fail(join({"load_box over a load that is under way", at(load.site)}), site);
     }
   }
-  if (block->store_reads(to, kBytes)) fail("load_box over what a store may still read", site);
+  if (store_reads(to, kBytes)) fail("load_box over what a store may still read", site);
   std::memset(to, kPoison, kBytes);  // it may be written from now on
-  std::memset(block->async_view.data() + (to - block->shared), kPoison, kBytes);
-  block->loads.push_back({to, tensor, index, &phases, site});
-  if (block->schedule.timing == kEarly) block->deliver(block->loads.size() - 1);
+  std::memset(async_view.data() + (to - shared), kPoison, kBytes);
+  cluster.loads.push_back({this, to, tensor, index, &phases, site});
+  if (schedule.timing == kEarly) cluster.deliver(cluster.loads.size() - 1);
+}
+
+void load_box(void* into, const Tensor& tensor, BoxIndex index, void* barrier, Site site) {
+  check_tensor(tensor, site);
+  unsigned char* to = checked_shared(into, kBytes, 1024, "a box", site);
+  block->load(to, tensor, index, block->phases(barrier, site), site);
+}
+
+void load_box_multicast(void* into, const Tensor& tensor, BoxIndex index, void* barrier, unsigned mask,
+                        Site site) {
+  check_tensor(tensor, site);
+  const std::ptrdiff_t place = checked_shared(into, kBytes, 1024, "a box", site) - block->shared;
+  if (mask == 0) fail("load_box_multicast into no block", site);
+  for (int rank = 0; mask >> rank != 0; ++rank) {
+    if (!(mask >> rank & 1)) continue;
+    Phases& phases = phases_of(rank, barrier, "load_box_multicast", site);
+    Block& other = *block->cluster.blocks[rank];
+    other.load(other.shared + place, tensor, index, phases, site);
+  }
 }
 
 bool Block::store_reads(const unsigned char* box, std::size_t bytes) const {
@@ -186,7 +222,7 @@ void Block::write_store(BoxStore& store) {
 void store_box(const Tensor& tensor, const void* from, BoxIndex index, Site site) {
   check_tensor(tensor, site);
   const unsigned char* box = checked_shared(from, kBytes, 1024, "a box", site);
-  if (!published(box, kBytes)) fail("store_box of ordinary stores without fence_async_shared", site);
+  if (!block->published(box, kBytes)) fail("store_box of ordinary stores without fence_async_shared", site);
   Thread& thread = block->current();
   thread.stores.push_back({tensor, box, index, thread.store_group, false, false, {}, site});
   if (block->schedule.timing == kEarly) block->write_store(thread.stores.back());
@@ -211,22 +247,17 @@ void fence_async_shared() {
   constexpr std::size_t kStep = 4096;
   for (std::size_t i = 0; i < block->shared_size; i += kStep) {
     const std::size_t bytes = std::min(kStep, block->shared_size - i);
-    if (!published(block->shared + i, bytes)) {
+    if (!block->published(block->shared + i, bytes)) {
       std::memcpy(block->async_view.data() + i, block->shared + i, bytes);
     }
   }
 }
 
-bool Block::advance(bool any) {
-  if (any) {
-    WarpGroup& some = groups_[random_() % groups_.size()];
-    execute_product(some);
-    Thread& thread = threads_[random_() % threads_.size()];
-    if (!thread.stores.empty()) write_store(thread.stores.front());
-  }
-  if (loads.empty()) return false;
-  deliver(schedule.timing == kRandomTiming ? random_() % loads.size() : loads.size() - 1);
-  return true;
+void Block::advance() {
+  const Within within(this);
+  execute_product(groups_[random() % groups_.size()]);
+  Thread& thread = threads_[random() % threads_.size()];
+  if (!thread.stores.empty()) write_store(thread.stores.front());
 }
 
 // --- registers ------------------------------------------------------------------------------------

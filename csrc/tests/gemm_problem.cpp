@@ -1,4 +1,4 @@
-// Both example products, ragged, with several steps of k.
+// The example products, ragged, with several steps of k.
 #include "control.h"
 #include "cuda_bf16.h"
 #include "runner.h"
@@ -7,6 +7,8 @@ extern "C" int gemm_sm80(bool is_bfloat16, const void* a, const void* b, float* 
                          std::int64_t n, std::int64_t k);
 extern "C" int gemm_sm90(bool is_bfloat16, int columns, bool a_transposed, bool b_transposed, const void* a,
                          const void* b, void* c, std::int64_t m, std::int64_t n, std::int64_t k);
+extern "C" int gemm_cluster(bool is_bfloat16, const void* a, const void* b, float* c, std::int64_t m,
+                            std::int64_t n, std::int64_t k);
 
 namespace ttt::tests {
 namespace {
@@ -27,6 +29,8 @@ std::string run_problem(Outputs& outputs) {
   fill(a, 1);
   fill(b, 2);
   if (gemm_sm80(true, a.as<>(), b.as<>(), c.as<float>(), m, n, k) != 0) return emulation::last_error();
+  append(outputs, c);
+  if (gemm_cluster(true, a.as<>(), b.as<>(), c.as<float>(), m, n, k) != 0) return emulation::last_error();
   append(outputs, c);
   for (const bool transposed : {false, true}) {
     const int error = gemm_sm90(true, 128, transposed, transposed, a.as<>(), b.as<>(), d.as<>(), m, n, k);

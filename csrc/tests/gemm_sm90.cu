@@ -128,15 +128,15 @@ cudaError_t gemm_of(Major major_a, Major major_b, const void* a, const void* b, 
 }  // namespace
 }  // namespace ttt::tests
 
-// All sizes multiples of 8; columns is 128 or 256, what a block makes of n.
+// All sizes multiples of 8; columns is 128 or 192, what a block makes of n.
 extern "C" int gemm_sm90(bool is_bfloat16, int columns, bool a_transposed, bool b_transposed, const void* a,
                          const void* b, void* c, std::int64_t m, std::int64_t n, std::int64_t k) {
   using namespace ttt::tests;
   const Major major_a = a_transposed ? Major::kMN : Major::kK, major_b = b_transposed ? Major::kMN : Major::kK;
   if (is_bfloat16) {
-    const auto gemm = columns == 128 ? gemm_of<ttt::bfloat16, 128> : gemm_of<ttt::bfloat16, 256>;
+    const auto gemm = columns == 128 ? gemm_of<ttt::bfloat16, 128> : gemm_of<ttt::bfloat16, 192>;
     return gemm(major_a, major_b, a, b, c, m, n, k);
   }
-  const auto gemm = columns == 128 ? gemm_of<ttt::float16, 128> : gemm_of<ttt::float16, 256>;
+  const auto gemm = columns == 128 ? gemm_of<ttt::float16, 128> : gemm_of<ttt::float16, 192>;
   return gemm(major_a, major_b, a, b, c, m, n, k);
 }

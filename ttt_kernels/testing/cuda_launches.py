@@ -3,7 +3,7 @@
 What C++ launches nobody can record without a GPU. So `Extension` stands in for `ttt_kernels._C`: it takes
 the very calls that ops/*/cuda.py make, for tensors of a model's sizes, and notes what the host loops of
 csrc/kernels would launch; library calls and memory are those of the Python code. Registers and shared memory
-come from the library (`cuda_compiled`). Tiles are counted as full; sums of row norms, 4 bytes for 128
+come from the library (`cuda_compiled`). Tiles are counted as full; sums of row norms, 4 bytes for 64
 elements, are not counted.
 """
 
@@ -28,7 +28,8 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 IMAGES = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}  # what an architecture loads
 SIZE, FLOAT32 = 2, 4  # bytes of an operand, of a number of the state
 STATE = 2 * FLOAT32 + SIZE  # read, written, and its rounded copy written
-ROWS = 128  # of every tile of a product, and columns that a partial sum covers
+ROWS = 128  # of every tile of a product
+SUM_COLUMNS = 64  # of a state, that a partial sum of a row covers
 ROUND = "scan_round_kernel"  # makes shadows and row norms of states
 DTYPES = {"bfloat16": "bf16", "float16": "f16"}
 
@@ -45,24 +46,38 @@ class Launch:
 @dataclass(frozen=True)
 class Products:
     """How a family of kernels multiplies: tiles [ROWS, columns], the operands in slabs of `slab` steps of K.
-    `rounds`: how often a product waits for its first slabs; 0 where loads run on from tile to tile."""
+
+    Args:
+        prefix: of the kernels' names.
+        columns, slab: as above.
+        cluster: blocks whose tiles lie one below the other and that load the right operand once.
+        overlap: a block multiplies one tile while it does the end of another, and loads run on from tile to
+            tile; else every product waits for its first slabs.
+    """
 
     prefix: str
     columns: int
     slab: int
-    rounds: int
+    cluster: int = 1
+    overlap: bool = False
 
-    def tiles(self, count, height, width, depth, tail, *, times=1, right=SIZE) -> Tiles:
+    def tiles(self, count, height, width, depth, tail, *, reads=0, times=1, right=SIZE) -> Tiles:
         """Of `count` matrices [height, width]: `times` products over `depth`, one accumulator, then `tail`
-        bytes an element. `right`: bytes of an element of the right operand."""
+        bytes an element, `reads` of them read. `right`: bytes of an element of the right operand."""
         area, steps = ROWS * self.columns, times * ceil_div(depth, self.slab) * self.slab
-        loads = float(steps * (SIZE * ROWS + right * self.columns))
-        tiles = count * ceil_div(height, ROWS) * ceil_div(width, self.columns)
-        return Tiles(tiles, 2.0 * area * depth * times, loads, float(tail * area), self.rounds * times)
+        return Tiles(
+            count * ceil_div(height, self.cluster * ROWS) * self.cluster * ceil_div(width, self.columns),
+            flops=2.0 * area * depth * times,
+            loads=float(steps * (SIZE * ROWS + right * self.columns / self.cluster)),
+            tail=float(tail * area),
+            rounds=0 if self.overlap else times,
+            tail_reads=float(reads * area),
+            overlap=self.overlap,
+        )
 
 
-AMPERE = Products("", columns=128, slab=32, rounds=1)  # gemm_sm80.cuh
-HOPPER = Products("sm90_", columns=256, slab=64, rounds=0)  # sm90_pipeline.cuh
+AMPERE = Products("", columns=128, slab=32)  # gemm_sm80.cuh
+HOPPER = Products("sm90_", columns=192, slab=64, cluster=2, overlap=True)  # sm90_pipeline.cuh
 PATHS = {SM80: AMPERE, SM90: HOPPER}
 
 
@@ -86,7 +101,7 @@ def forward_step(path: Products, b: Blocks, write: bool) -> Launch:
     """forward_step.cu: y = Z W^T, and W += V^T Z in place, rounded into a copy."""
     tiles = [path.tiles(b.count, b.tokens, b.d, b.f, SIZE)]
     if write:
-        tiles.append(path.tiles(b.count, b.d, b.f, b.tokens, STATE))
+        tiles.append(path.tiles(b.count, b.d, b.f, b.tokens, STATE, reads=FLOAT32))
     work = b.work(tiles, SIZE + STATE * write, SIZE, SIZE * (1 + write))
     return Launch(f"{path.prefix}scan_fwd_step_kernel", work)
 
@@ -94,8 +109,8 @@ def forward_step(path: Products, b: Blocks, write: bool) -> Launch:
 def state_step(path: Products, b: Blocks, use: str, *, depth: int, preserve: bool = False) -> Launch:
     """state_step.cu: A^T Z over `depth` tokens, and what `use` does with the state."""
     moved = {"enter": STATE, "products": FLOAT32, "leave": STATE + FLOAT32 * preserve}[use]
-    operands = SIZE if depth else 0
-    work = b.work([path.tiles(b.count, b.d, b.f, depth, moved)], moved, operands, operands)
+    operands, reads = SIZE if depth else 0, FLOAT32 * (1 + (use == "leave" and preserve))
+    work = b.work([path.tiles(b.count, b.d, b.f, depth, moved, reads=reads)], moved, operands, operands)
     return Launch(f"{path.prefix}scan_bwd_state_kernel", work, (("use", USES.index(use)),))
 
 
@@ -103,7 +118,7 @@ def token_step(path: Products, b: Blocks, *, reached: bool, dstep: bool) -> Laun
     """token_step.cu: dV = Z G^T and sums of V * dV; dZ = V G + dY W. Without `reached` no G."""
     read_v = SIZE * (reached and dstep)
     tiles = (
-        path.tiles(b.count, b.tokens, b.d, b.f * reached, SIZE + read_v),
+        path.tiles(b.count, b.tokens, b.d, b.f * reached, SIZE + read_v, reads=read_v),
         path.tiles(b.count, b.tokens, b.f, b.d, SIZE, times=1 + reached),
     )
     work = b.work(tiles, SIZE * (1 + reached), SIZE * (1 + reached), SIZE * (2 + reached))
@@ -128,7 +143,7 @@ def scan_backward(
     has_dstate: bool, preserve_row_norm: bool, initial_is_float32: bool, **_,
 ) -> Iterator[Launch]:  # fmt: skip
     """scan_backward.cu."""
-    elements, parts = steps[0].count * steps[0].d * steps[0].f, ceil_div(steps[0].f, ROWS)
+    elements, parts = steps[0].count * steps[0].d * steps[0].f, ceil_div(steps[0].f, SUM_COLUMNS)
     if has_dstate:
         yield stream(ROUND, elements, FLOAT32 + SIZE, 64 * ROWS)
     for n in reversed(range(len(steps))):
@@ -145,7 +160,7 @@ def scan_backward(
         yield token_step(path, b, reached=complete and (has_dstate or not last), dstep=dstep)
         yield state_step(path, b, "leave", depth=b.tokens, preserve=preserve_row_norm)
     if dstep:
-        sums = ceil_div(steps[0].tokens, ROWS) * ceil_div(steps[0].d, ROWS)
+        sums = ceil_div(steps[0].tokens, ROWS) * ceil_div(steps[0].d, path.columns)
         yield stream("scan_bwd_dstep_kernel", sum(b.count for b in steps), FLOAT32 * sums, 256 // 32)
 
 
@@ -212,10 +227,12 @@ class Extension:
     def scan_backward_workspace(self, *, offsets, chunk, tokens, d, f, **options) -> int:
         count, block, taken = offsets[1], min(chunk, tokens), []
         if options["preserve_row_norm"]:
-            taken += [FLOAT32 * count * d * n for n in (ceil_div(f, ROWS), ceil_div(f, ROWS), 1, 1)]
+            parts = ceil_div(f, SUM_COLUMNS)
+            taken += [FLOAT32 * count * d * n for n in (parts, parts, 1, 1)]
             taken += [SIZE * min(count * block, tokens) * d]
         if options["step_size"] is not None:
-            taken += [FLOAT32 * offsets[-1] * ceil_div(block, ROWS) * ceil_div(d, ROWS)]
+            columns = PATHS[options["path"]].columns
+            taken += [FLOAT32 * offsets[-1] * ceil_div(block, ROWS) * ceil_div(d, columns)]
         return sum(ceil_div(n, 256) * 256 for n in taken)
 
     def scan_backward(self, *, path, offsets, chunk, tokens, d, f, dstep, **options) -> None:

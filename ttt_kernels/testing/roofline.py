@@ -1,11 +1,15 @@
 """How long a list of kernel launches would take: a *prediction* from counted work and compiled occupancy.
 
 A launch is programs (tiles) handed to multiprocessors as they become free. One tile of `flops` FLOPs that
-streams `loads` bytes of operands while it multiplies and moves `tail` bytes after that takes
+streams `loads` bytes of operands while it multiplies and moves `tail` bytes after that, some of which it
+reads, takes
 
     multiply = max(flops / (rate / SMs), loads / (L2 rate / SMs))        tail = tail bytes / (L2 rate / SMs)
     alone on its multiprocessor:     rounds * FILL + multiply + tail      (nothing hides start and end)
-    with r - 1 others beside it:     max(rounds * FILL / r, multiply, tail)
+    with r - 1 others beside it:     max(rounds * FILL / r, multiply, tail, reads / (L2 rate / SMs))
+    of a program whose tiles overlap: the same, without a start of its own
+
+where reads are the loads and what the tail reads: side by side, tiles share what L2 gives.
 
 and the launch, with the tiles in the order of the grid, each to the multiprocessor that is free first,
 
@@ -133,14 +137,22 @@ def machine_called(device: str) -> Machine | None:
 
 @dataclass(frozen=True)
 class Tiles:
-    """`count` programs that do the same. Bytes and FLOPs are those of one. `rounds`: how often it has to
-    wait for its own results before it can load on."""
+    """`count` programs that do the same. Bytes and FLOPs are those of one.
+
+    Args:
+        count, flops, loads, tail: as at the top of the file.
+        tail_reads: bytes of the tail that are read.
+        rounds: how often a tile has to wait for its own results before it can load on.
+        overlap: one program makes several, and multiplies one while it does the tail of another.
+    """
 
     count: int
     flops: float = 0.0
     loads: float = 0.0
     tail: float = 0.0
     rounds: int = 1
+    tail_reads: float = 0.0
+    overlap: bool = False
 
 
 @dataclass(frozen=True)
@@ -251,13 +263,15 @@ def tile_seconds(machine: Machine, tile: Tiles, resident: int, speed: float = 1.
     share = machine.processors
     rate, feed = speed * machine.flops / share, machine.l2_bandwidth / share
     multiply, tail = max(tile.flops / rate, tile.loads / feed), tile.tail / feed
-    start = tile.rounds * FILL
-    return start + multiply + tail if resident == 1 else max(start / resident, multiply, tail)
+    start, reads = tile.rounds * FILL, (tile.loads + tile.tail_reads) / feed
+    if resident == 1 and not tile.overlap:
+        return start + multiply + tail
+    return max(start / resident, multiply, tail, reads)
 
 
 def busiest(machine: Machine, tiles: Iterable[Tiles], resident: int, speed: float = 1.0) -> float:
     """When the last multiprocessor is done, if each tile goes to the one that is free first."""
-    free = [0.0] * machine.processors
+    free, last = [0.0] * machine.processors, 0.0
     for group in tiles:
         seconds = tile_seconds(machine, group, resident, speed)
         left = group.count
@@ -266,5 +280,9 @@ def busiest(machine: Machine, tiles: Iterable[Tiles], resident: int, speed: floa
             free = [t + rounds * seconds for t in free]
         for _ in range(left):
             heapq.heapreplace(free, free[0] + seconds)
-    # Tiles side by side hide each other's start; the first ones have nobody to hide theirs.
-    return max(free) + (FILL if resident > 1 and any(free) else 0.0)
+        if group.overlap:
+            last = group.tail * machine.processors / machine.l2_bandwidth
+    # Tiles side by side hide each other's start; the first ones have nobody to hide theirs. Nor has the last
+    # tile of a program whose tiles overlap anything beside its tail.
+    starts = resident > 1 or last > 0
+    return max(free) + last + (FILL if starts and any(free) else 0.0)

@@ -180,7 +180,7 @@ def _scan_both(case: Case) -> Callable:
 
     def call() -> tuple:
         y, carried = scan.FORWARD[case.impl](*operands, True)
-        return y, *scan.BACKWARD[case.impl](dy, dstate, carried, *operands)
+        return y, *scan.BACKWARD[case.impl](dy, dstate, carried, *operands, not case.carried)
 
     return call
 

@@ -40,7 +40,7 @@ struct ScanCall {
 
 // Square row norms of a weight are kept as sums over this many columns each: [sequences, parts, D] with
 // parts = ceil(F / kNormColumns). Who reads them adds them in order, so that equal weights give equal norms.
-constexpr std::int64_t kNormColumns = 128;
+constexpr std::int64_t kNormColumns = 64;
 
 struct ScanForward {
   ScanCall call;
@@ -60,7 +60,7 @@ struct ScanBackward {
   const void* initial;  // [sequences, D, F], or [D, F] for all of them where the stride is 0
   std::int64_t initial_stride;
   bool initial_is_float32;  // else it is in the operand type
-  const float* carried;     // what the forward left in `state`
+  const float* carried;     // what the forward left in `state`; may be `weight`
   bool carried_is_final;    // forward's write_last: the last block's write is in it and has to be subtracted
   bool has_dstate;          // does a gradient reach the final state?
   float* grad;              // [sequences, D, F]: that gradient, or 0; on return, of the initial states

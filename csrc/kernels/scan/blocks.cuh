@@ -19,7 +19,7 @@ __device__ __forceinline__ float step_of(const Steps& steps, const ScanBlock& bl
 // The scale of column d of y.
 __device__ __forceinline__ float column_ratio(const ForwardStep& step, std::int64_t sequence, std::int64_t d) {
   if (step.w0_norms == nullptr || d >= step.shape.d) return 1.0f;
-  const std::int64_t parts = ceil_div(step.shape.f, kTile);
+  const std::int64_t parts = ceil_div(step.shape.f, kNormColumns);
   const float norm = sum_parts(step.norms + sequence * parts * step.shape.d + d, parts, step.shape.d);
   return row_ratio(sum_parts(step.w0_norms + d, parts, step.shape.d), norm);
 }

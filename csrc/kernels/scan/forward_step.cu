@@ -58,8 +58,7 @@ __device__ __forceinline__ void write_tile(const ForwardStep& step, Storage<T>& 
   const StateTile tile(step.shape, block.sequence, place);
   Accumulator c = {};
   multiply_tokens(c, shared, step.v, step.z, step.shape, tile, block.first, block.written);
-  store_state(c, shared, tile, scale, step.state, step.state, static_cast<T*>(step.next_shadow),
-              step.next_norms);
+  store_state(c, tile, scale, step.state, step.state, static_cast<T*>(step.next_shadow), step.next_norms);
 }
 
 __host__ __device__ std::int64_t apply_tiles(const Shape& shape) {

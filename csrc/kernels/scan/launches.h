@@ -2,8 +2,7 @@
 // each, passed to the device by value, and one launcher per path (sm80 and sm90) with the same meaning.
 //
 // A launch covers the blocks [blocks, blocks + count): block n of every sequence that has one. A block has
-// at most `block_tokens` tokens; blocks of one launch may differ in length. Partial sums lie at fixed places
-// (kTile rows by kTile columns each, whatever the tiles of a kernel are), and are added in order.
+// at most `block_tokens` tokens; blocks of one launch may differ in length. Partial sums are added in order.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,8 +11,7 @@
 
 namespace ttt::scan {
 
-constexpr int kTile = 128;  // rows and columns of what a partial sum covers
-static_assert(kTile == kNormColumns);
+constexpr int kTileTokens = 128;  // of every tile of tokens
 
 struct Device {
   Operand operand;  // type of everything that is a void*
@@ -108,18 +106,20 @@ struct TokenStep {
   bool has_dstate;
   void* dz;  // [tokens, F] contiguous
   void* dv;  // [tokens, D] contiguous
-  // Of the blocks of this launch, [count, ceil(block_tokens / kTile), ceil(D / kTile)], or null. Of a reached
-  // block those of the tiles that hold tokens are written.
+  // A sum of each value tile of the blocks of this launch, [count, rows of tiles, tiles in a row], or null. Of
+  // a reached block those of the tiles that hold tokens are written.
   float* dstep_parts;
 };
 
 namespace sm80 {
+constexpr int kValueColumns = 128;  // of a value tile
 cudaError_t forward_step(const ForwardStep& step, const Device& device);
 cudaError_t state_step(const StateStep& step, const Device& device);
 cudaError_t token_step(const TokenStep& step, const Device& device);
 }  // namespace sm80
 
 namespace sm90 {
+constexpr int kValueColumns = 192;
 cudaError_t forward_step(const ForwardStep& step, const Device& device);
 cudaError_t state_step(const StateStep& step, const Device& device);
 cudaError_t token_step(const TokenStep& step, const Device& device);

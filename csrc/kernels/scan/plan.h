@@ -37,7 +37,7 @@ inline RoundStates states_of(const ScanCall& call, const void* source) {
   return states;
 }
 
-inline std::int64_t norm_parts(const ScanCall& call) { return ceil_div(call.f, kTile); }
+inline std::int64_t norm_parts(const ScanCall& call) { return ceil_div(call.f, kNormColumns); }
 
 inline bool is_operand(const void* at, std::int64_t stride) { return is_aligned(at, 16) && stride % 8 == 0; }
 
@@ -62,6 +62,7 @@ inline Status check(const ScanCall& call) {
 
 // The launchers of a path.
 struct Launchers {
+  int value_columns;
   decltype(&sm80::forward_step) forward_step;
   decltype(&sm80::state_step) state_step;
   decltype(&sm80::token_step) token_step;
@@ -69,9 +70,9 @@ struct Launchers {
 
 inline Launchers launchers_of([[maybe_unused]] Path path) {
 #ifdef TTT_WITH_SM90
-  if (path == Path::kSm90) return {sm90::forward_step, sm90::state_step, sm90::token_step};
+  if (path == Path::kSm90) return {sm90::kValueColumns, sm90::forward_step, sm90::state_step, sm90::token_step};
 #endif
-  return {sm80::forward_step, sm80::state_step, sm80::token_step};
+  return {sm80::kValueColumns, sm80::forward_step, sm80::state_step, sm80::token_step};
 }
 
 }  // namespace ttt::scan

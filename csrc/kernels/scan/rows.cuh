@@ -1,9 +1,9 @@
 // Row norms of a state, in one order everywhere: the scale of rows is exactly 1 while nothing was written
 // only if the kernel that wrote a weight and the one that read it in summed its squares in the same way.
 //
-// The sum over kTile columns is half(0) + half(1), 64 columns each; a half is lane(0) + lane(1); lane(p)
-// adds columns 8 j + 4 p + i, j = 0..7, i = 0..3, in this order with fused multiply-adds. So a thread that
-// holds quads (fragment.cuh) sums its own, and its partner has the other four of every eight columns.
+// The sum over kNormColumns columns is lane(0) + lane(1); lane(p) adds columns 8 j + 4 p + i, j = 0..7,
+// i = 0..3, in this order with fused multiply-adds. So a thread that holds quads (fragment.cuh) sums its own,
+// and its partner has the other four of every eight columns.
 #pragma once
 
 #include "ttt/fragment.cuh"

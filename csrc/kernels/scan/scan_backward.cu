@@ -9,7 +9,8 @@
 //   token     dZ = s V G + dY' W, dV = s Z G^T, parts of ds = <V, Z G^T>
 //   leave     G += r dY^T Z - c W
 //
-// The carried state is read by the last block of each sequence and never modified.
+// The carried state is read by the last block of each sequence, which may work in place: `carried` may be
+// `weight`, else it is not modified.
 #include "plan.h"
 
 namespace ttt {
@@ -27,7 +28,7 @@ struct Workspace {
 };
 
 std::int64_t dstep_tiles(const ScanCall& call) {
-  return ceil_div(block_tokens(call), kTile) * ceil_div(call.d, kTile);
+  return ceil_div(block_tokens(call), kTileTokens) * ceil_div(call.d, launchers_of(call.path).value_columns);
 }
 
 Workspace cut_workspace(const ScanBackward& p) {
@@ -79,7 +80,7 @@ class Backward {
     }
     if (p_.dstep) {
       const Shape all = shape_of(call_, 0, call_.launches);
-      keep(sum_steps({all, p_.has_dstate, work_.dstep_parts, p_.dstep}, device_));
+      keep(sum_steps({all, p_.has_dstate, launchers_.value_columns, work_.dstep_parts, p_.dstep}, device_));
     }
     return error_;
   }

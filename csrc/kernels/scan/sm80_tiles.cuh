@@ -12,15 +12,15 @@ using gemm::kThreads;
 using gemm::Major;
 using gemm::Source;
 
-constexpr int kBlockT = gemm::kTileM;  // tokens of a tile
+constexpr int kTile = gemm::kTileM;    // rows and columns of every tile, and threads that make it
+constexpr int kBlockT = kTileTokens;
 constexpr int kBlockD = kTile;         // rows of the state
-constexpr int kBlockF = kTile;         // columns of it, of y, dV and dZ
-static_assert(kBlockT == kTile && gemm::kTileM == kTile && gemm::kTileN == kTile && kThreads == kTile);
+constexpr int kBlockF = kTile;         // columns of it and of dZ
+static_assert(gemm::kTileN == kTile && kThreads == kTile && kTileTokens == kTile && kValueColumns == kTile);
 
 template <class T>
 struct Storage {
   gemm::Stages<T> stages;
-  float halves[kTile / gemm::kWarpN][kTile];  // row sums over the columns of each warp
   alignas(16) float ratio[kTile];
   float warps[kThreads / 32];
 };
@@ -69,14 +69,15 @@ __device__ __forceinline__ std::int64_t slabs(std::int64_t k) { return ceil_div(
 struct StateTile {
   std::int64_t row, column;  // of its corner in the weight
   std::int64_t corner;       // offset of that
-  std::int64_t part;         // offset of its first row in [sequences, parts, D]
+  std::int64_t sums, height;  // offset of its first row in [sequences, parts, D], and D
   std::int64_t stride;
   int rows, columns;  // how many lie inside the weight; may exceed the tile
 
   __device__ __forceinline__ StateTile(const Shape& shape, std::int64_t sequence, const TilePlace& place)
       : row(place.row * kBlockD), column(place.column * kBlockF), stride(shape.f) {
     corner = (sequence * shape.d + row) * shape.f + column;
-    part = (sequence * ceil_div(shape.f, kTile) + place.column) * shape.d + row;
+    height = shape.d;
+    sums = (sequence * ceil_div(shape.f, kNormColumns) + column / kNormColumns) * height + row;
     rows = static_cast<int>(shape.d - row);
     columns = static_cast<int>(shape.f - column);
   }
@@ -115,25 +116,18 @@ __device__ __forceinline__ void load_row(Quad (&into)[kQuads], const float* from
   }
 }
 
-// A lane's share of a row's sum over the warp's columns: joined with its partner's and kept in halves.
-template <class T>
-__device__ __forceinline__ void keep_row_sum(Storage<T>& shared, int row, float sum) {
+// Stores a row's sum over the warp's columns in [sequences, parts, D], from the lane's share of it.
+static_assert(gemm::kWarpN == kNormColumns);
+__device__ __forceinline__ void store_row_sum(float* sums, const StateTile& tile, int row, float sum) {
   sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-  if (threadIdx.x % 4 < 2) shared.halves[gemm::warp_column() / gemm::kWarpN][row] = sum;
-}
-
-template <class T>
-__device__ __forceinline__ void store_row_sums(Storage<T>& shared, float* sums, const StateTile& tile) {
-  __syncthreads();
-  const int row = threadIdx.x;
-  if (row < tile.rows) sums[tile.part + row] = shared.halves[0][row] + shared.halves[1][row];
+  if (threadIdx.x % 4 >= 2 || !tile.contains(row, gemm::warp_column())) return;
+  sums[tile.sums + gemm::warp_column() / kNormColumns * tile.height + row] = sum;
 }
 
 // weight = base + scale * c, rounded into shadow; sums of squares into norms unless null. base may be weight.
 template <class T>
-__device__ __forceinline__ void store_state(const Accumulator& c, Storage<T>& shared, const StateTile& tile,
-                                            float scale, const float* base, float* weight, T* shadow,
-                                            float* norms) {
+__device__ __forceinline__ void store_state(const Accumulator& c, const StateTile& tile, float scale,
+                                            const float* base, float* weight, T* shadow, float* norms) {
   gemm::for_each_row(c, [&](int row, int column, const Quad(&x)[kQuads]) {
     Quad w[kQuads];
     load_row(w, base, tile, row, column);
@@ -148,9 +142,8 @@ __device__ __forceinline__ void store_state(const Accumulator& c, Storage<T>& sh
       }
       sum = add_squares(sum, w[j]);
     }
-    if (norms) keep_row_sum(shared, row, sum);
+    if (norms) store_row_sum(norms, tile, row, sum);
   });
-  if (norms) store_row_sums(shared, norms, tile);
 }
 
 // As many blocks as run at once, two on each multiprocessor, or one a tile where there are fewer.

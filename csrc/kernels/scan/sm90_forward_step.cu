@@ -1,15 +1,14 @@
 // Forward on Hopper, one block of every sequence in one launch: the tiles of scan_fwd_step_kernel
 // (forward_step.cu) on the pipeline of sm90_pipeline.cuh.
 //
-//   apply [t, d]  128 tokens x 256 rows of W, K = F: z and the shadow both along K
-//   write [d, f]  128 x 256 of W, K = tokens: rows of v and z both are K
+//   apply [t, d]  128 tokens x 192 rows of W, K = F: z and the shadow both along K
+//   write [d, f]  128 x 192 of W, K = tokens: rows of v and z both are K
 //
-// While a tile is multiplied the assistants sum the norms of the columns of an apply tile, or bring the
-// state of a write tile into L2 and the consumers its first 64 columns into registers, so that reading it
-// overlaps the product.
+// While a tile is multiplied the assistants sum the norms of the columns of an apply tile, or bring the state
+// of a write tile into L2.
 //
-// Cost of a write tile of C tokens: 16 C cycles of wgmma, and 320 KB of state at 64 B a cycle to and from L2,
-// 5 thousand cycles, which on the same multiprocessor only the loads of the next tile overlap.
+// Cost of a write tile of C tokens: 12 C cycles of wgmma, and 240 KB of state, which at 64 B a cycle to and
+// from L2 take 4 thousand cycles, while another tile is multiplied.
 #include "sm90_tiles.cuh"
 
 namespace ttt::scan::sm90 {
@@ -41,7 +40,7 @@ struct ForwardTiles {
     const TilePlace place = is_apply ? tile_place(index, shape.block_tokens, shape.d)
                                      : tile_place(index - applies, shape.d, shape.f);
     const ScanBlock block = shape.blocks[place.block];
-    const bool is_empty = is_apply ? place.row >= block.tokens : !is_written(block, step.write_last);
+    const bool is_empty = is_apply ? place.pair_row >= block.tokens : !is_written(block, step.write_last);
     return {is_apply, is_empty, place, block};
   }
 
@@ -58,39 +57,44 @@ struct ForwardTiles {
     }
   }
 
-  __device__ __forceinline__ void assist(Storage& storage, int index, int assistant) const {
+  __device__ __forceinline__ void assist(Storage& storage, int index, int group, int assistant) const {
     const auto [is_apply, is_empty, place, block] = tile(index);
     const ForwardStep& step = arguments.step;
     if (is_empty) return;
     if (!is_apply) {
       prefetch_tile(step.state, step.shape, block.sequence, place, assistant);
-      named_barrier(kReady, kConsumers + kAssistants);  // not further ahead than the next tile
+      named_barrier(kReady + group, kGroup + kAssistants);  // not further ahead than the next tile
       return;
     }
-    for (int column = assistant; column < kTileN; column += kAssistants) {
-      storage.columns[column] = column_ratio(step, block.sequence, place.column + column);
-    }
-    named_barrier(kReady, kConsumers + kAssistants);
-    named_barrier(kTaken, kConsumers + kAssistants);
+    static_assert(kTileN == 2 * kAssistants);
+    const float first = column_ratio(step, block.sequence, place.column + assistant);
+    const float second = column_ratio(step, block.sequence, place.column + kAssistants + assistant);
+    named_barrier(kReady + group, kGroup + kAssistants);  // those of its last tile are read
+    storage.columns[group][assistant] = first;
+    storage.columns[group][kAssistants + assistant] = second;
+    named_barrier(kReady + group, kGroup + kAssistants);
   }
 
   __device__ __forceinline__ void consume(Consumer& consumer, int index) const {
     const auto [is_apply, is_empty, place, block] = tile(index);
     const ForwardStep& step = arguments.step;
-    const Shape& shape = step.shape;
-    if (is_empty) return;
-    float c[kSums] = {};
-    if (!is_apply) {
-      const StateTile state(shape, block.sequence, place, consumer);
-      const float scale = step_of(step.steps, block);
-      StateReader reader(step.state, state);
-      consumer.multiply<T, Major::kMN, Major::kMN>(c, block.written);
-      named_barrier(kReady, kConsumers + kAssistants);
-      store_state<T>(c, consumer, state, scale, reader, step.state, arguments.next_shadow, step.next_norms);
-      return;
+    if (is_empty) return consumer.skip_turn();
+    Sums c = {};
+    consumer.take_turn();
+    if (is_apply) {
+      consumer.multiply_last<T, Major::kK, Major::kK>(c, step.shape.f);
+      return store_outputs(c, consumer, place, block);
     }
-    consumer.multiply<T, Major::kK, Major::kK>(c, shape.f);
-    named_barrier(kReady, kConsumers + kAssistants);
+    consumer.multiply_last<T, Major::kMN, Major::kMN>(c, block.written);
+    named_barrier(kReady + consumer.group, kGroup + kAssistants);
+    const StateTile state(step.shape, block.sequence, place, consumer);
+    store_state<T>(c, consumer, state, step_of(step.steps, block), step.state, step.state,
+                   arguments.next_shadow, step.next_norms);
+  }
+
+  __device__ __forceinline__ void store_outputs(const Sums& c, Consumer& consumer, const TilePlace& place,
+                                                const ScanBlock& block) const {
+    const ForwardStep& step = arguments.step;
     const std::int64_t row = block.first + place.row;
     T* const at = static_cast<T*>(step.y) + row * step.y_stride + place.column;
     const Output<T> output = {arguments.y,
@@ -98,20 +102,24 @@ struct ForwardTiles {
                               static_cast<int>(row),
                               static_cast<int>(place.column),
                               static_cast<int>(block.tokens - place.row),
-                              static_cast<int>(shape.d - place.column),
+                              static_cast<int>(step.shape.d - place.column),
                               at,
                               step.y_stride};
-    for_each_part(c, [&](int part, Quad(&x)[kQuads]) {
+    named_barrier(kReady + consumer.group, kGroup + kAssistants);
+    named_barrier(kReady + consumer.group, kGroup + kAssistants);
+    const float* const columns = consumer.storage.columns[consumer.group] + consumer.column();
+    for_each_part(c, [&](const Part& part) {
+      Rounded<T> rounded;
 #pragma unroll
       for (int j = 0; j < kQuads; ++j) {
-        const int column = consumer.column() + part * kBox + 8 * j;
-        const auto ratio = load_vector<float, 4>(consumer.storage.columns + column);
+        const auto ratio = load_vector<float, 4>(columns + part.column + 8 * j);
+        Quad x = part.quad(j);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[j].at[i] *= ratio.at[i];
+        for (int i = 0; i < 4; ++i) x.at[i] *= ratio.at[i];
+        rounded[j] = round_quad<T>(x);
       }
-      store_rounded(consumer, output, part, x);
+      store_rounded(consumer, output, part, rounded);
     });
-    named_barrier(kTaken, kConsumers + kAssistants);
   }
 };
 
@@ -137,7 +145,7 @@ cudaError_t forward_step(const ForwardStep& step, const Device& device) {
     maps.rows(&arguments.v, step.v, shape.tokens, shape.d);
     maps.states(&arguments.next_shadow, step.next_shadow, shape);
     schedule.shorts = count_tiles(shape, shape.d, shape.f);
-    schedule.worth = static_cast<int>(shape.f / (shape.block_tokens + kStoreTokens));
+    schedule.worth = static_cast<int>(shape.f / std::max<std::int64_t>(shape.block_tokens, kStateTokens));
   }
   if (maps.error != cudaSuccess) return maps.error;
   return launch_tiles(device, schedule, sm90_scan_fwd_step_kernel<bfloat16>,

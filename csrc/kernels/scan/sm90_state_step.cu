@@ -1,9 +1,9 @@
-// Backward on Hopper, tiles [d, f] of the state (StateUse, as state_step.cu): 128 x 256 of A^T Z, K = tokens,
+// Backward on Hopper, tiles [d, f] of the state (StateUse, as state_step.cu): 128 x 192 of A^T Z, K = tokens,
 // on the pipeline of sm90_pipeline.cuh. What the end of a tile reads is brought into L2 by the assistants
-// while it is multiplied, and its first 64 columns into the consumers' registers.
+// while it is multiplied.
 //
-// Cost of a tile over C tokens: 16 C cycles of wgmma, then at 64 B a cycle to and from L2 5 thousand
-// (enter), 2 (products), 5 or with c 7 (leave).
+// Cost of a tile over C tokens: 12 C cycles of wgmma, while the end of another takes, at 64 B a cycle to and
+// from L2, 4 thousand (enter), 1.5 (products), 4 or with c 5.5 (leave).
 #include "sm90_tiles.cuh"
 
 namespace ttt::scan::sm90 {
@@ -43,7 +43,7 @@ struct StateTiles {
                                           {arguments.z, place.column, block.first, 0}, tokens);
   }
 
-  __device__ __forceinline__ void assist(Storage&, int index, int assistant) const {
+  __device__ __forceinline__ void assist(Storage&, int index, int group, int assistant) const {
     const auto [place, block, tokens, base] = tile(index);
     const StateStep& step = arguments.step;
     const auto prefetch = [&, sequence = block.sequence, at = place](const float* state) {
@@ -52,69 +52,57 @@ struct StateTiles {
     if (kUse == StateUse::kEnter) prefetch(base);
     if (kUse == StateUse::kLeave) prefetch(step.grad);
     if (kUse == StateUse::kProducts || (kUse == StateUse::kLeave && step.ratio)) prefetch(step.weight);
-    named_barrier(kReady, kConsumers + kAssistants);  // not further ahead than the next tile
+    named_barrier(kReady + group, kGroup + kAssistants);  // not further ahead than the next tile
   }
 
   __device__ __forceinline__ void consume(Consumer& consumer, int index) const {
     const auto [place, block, tokens, base] = tile(index);
     const StateStep& step = arguments.step;
     const StateTile state(step.shape, block.sequence, place, consumer);
-    float c[kSums] = {};
-    const auto multiply = [&, depth = tokens] {
-      consumer.multiply<T, Major::kMN, Major::kMN>(c, depth);
-      named_barrier(kReady, kConsumers + kAssistants);
-    };
+    Sums c = {};
+    consumer.take_turn();
+    consumer.multiply_last<T, Major::kMN, Major::kMN>(c, tokens);
+    named_barrier(kReady + consumer.group, kGroup + kAssistants);
     if constexpr (kUse == StateUse::kEnter) {
-      StateReader reader(base, state);
-      multiply();
       const float scale = tokens > 0 ? -step_of(step.steps, block) : 0.0f;
-      store_state<T>(c, consumer, state, scale, reader, step.weight, arguments.shadow, step.norms);
+      store_state<T>(c, consumer, state, scale, base, step.weight, arguments.shadow, step.norms);
     }
-    if constexpr (kUse == StateUse::kProducts) {
-      StateReader weight(step.weight, state);
-      multiply();
-      RowSums sums;
-      for_each_part(c, [&](int part, const Quad(&x)[kQuads]) {
-        const Quad(&w)[kQuads] = weight.take();
-        float sum = 0.0f;
-#pragma unroll
-        for (int j = 0; j < kQuads; ++j) sum = add_products(sum, w[j], x[j]);
-        weight.load(part + 1);
-        sums.add(consumer, state, part, sum, step.products);
-      });
-    }
-    if constexpr (kUse == StateUse::kLeave) {
-      StateReader grad(step.grad, state);
-      multiply();
-      leave(c, consumer, state, grad);
-    }
+    if constexpr (kUse == StateUse::kProducts) sum_products(c, consumer, state);
+    if constexpr (kUse == StateUse::kLeave) leave(c, consumer, state);
   }
 
-  __device__ __forceinline__ void leave(const float (&c)[kSums], Consumer& consumer, const StateTile& state,
-                                        StateReader& grad) const {
+  __device__ __forceinline__ void sum_products(const Sums& c, const Consumer& consumer,
+                                               const StateTile& state) const {
+    for_each_part(c, [&](const Part& part) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kQuads; j += 2) {
+        const QuadPair w = load_pair(arguments.step.weight, state, part, j);
+        sum = add_products(add_products(sum, w.at[0], part.quad(j)), w.at[1], part.quad(j + 1));
+      }
+      store_row_sum(arguments.step.products, consumer, state, part, sum);
+    });
+  }
+
+  __device__ __forceinline__ void leave(const Sums& c, Consumer& consumer, const StateTile& state) const {
     const StateStep& step = arguments.step;
-    const std::int64_t row = state.row + consumer.row(), at = state.plane * step.shape.d + row;
-    const bool scales = step.ratio && row < step.shape.d;
-    const float ratio = scales ? step.ratio[at] : 1.0f, pull = scales ? step.pull[at] : 0.0f;
-    for_each_part(c, [&](int part, Quad(&x)[kQuads]) {
-      Quad(&g)[kQuads] = grad.take();
-      if (step.ratio) {
-        StateReader weight(step.weight, state, part);
-        const Quad(&w)[kQuads] = weight.take();
+    for_each_part(c, [&](const Part& part) {
+      Rounded<T> rounded;
+      const std::int64_t row = state.row + part.row() + consumer.row(), at = state.plane * step.shape.d + row;
+      const bool scales = step.ratio && row < step.shape.d;
+      QuadPair next = load_pair(step.grad, state, part, 0);
+      const float ratio = scales ? step.ratio[at] : 1.0f, pull = scales ? step.pull[at] : 0.0f;
 #pragma unroll
-        for (int j = 0; j < kQuads; ++j) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) g[j].at[i] = fmaf(-pull, w[j].at[i], g[j].at[i]);
-        }
+      for (int j = 0; j < kQuads; j += 2) {
+        QuadPair g = next;
+        if (j + 2 < kQuads) next = load_pair(step.grad, state, part, j + 2);  // ahead of the stores
+        if (step.ratio) add_scaled(g, -pull, load_pair(step.weight, state, part, j));
+        add_scaled(g, ratio, {part.quad(j), part.quad(j + 1)});
+        store_pair(step.grad, state, part, j, g);
+        rounded[j] = round_quad<T>(g.at[0]);
+        rounded[j + 1] = round_quad<T>(g.at[1]);
       }
-#pragma unroll
-      for (int j = 0; j < kQuads; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[j].at[i] = fmaf(ratio, x[j].at[i], g[j].at[i]);
-      }
-      grad.load(part + 1);
-      store_part(step.grad, state, part, x);
-      store_rounded(consumer, state.output<T>(arguments.shadow), part, x);
+      store_rounded(consumer, state.output<T>(arguments.shadow), part, rounded);
     });
   }
 };

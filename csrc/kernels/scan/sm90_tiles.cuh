@@ -6,6 +6,7 @@
 // are stored from the registers.
 #pragma once
 
+#include <algorithm>
 #include <climits>
 
 #include "blocks.cuh"
@@ -14,41 +15,54 @@
 namespace ttt::scan::sm90 {
 
 constexpr int kQuads = kBox / 8;  // of a thread in 64 columns
-constexpr int kParts = kTileN / kBox;
 constexpr int kWhole = INT_MAX;
-constexpr int kStoreTokens = 512;  // reading and writing a tile of the state takes as long as so many tokens
+// A write is bound by moving the state, whose end hides behind another product, up to so many tokens.
+constexpr int kStateTokens = 1024;
+static_assert(kTileTokens == kTileM && kValueColumns == kTileN);
+static_assert(kNormColumns == kBox);  // a part of a row's squares is summed by the threads of one row
 
-// Tile `index` of `rows` by `columns` tiles in each block, rows first: neighbours share what they read most.
+// This block's tile of a pair. Pairs go rows first: neighbours share what they read most.
 struct TilePlace {
   int block;
-  std::int64_t row, column;  // of the tile's corner
+  std::int64_t row, column;  // of the tile's corner, which may lie below the matrix
+  std::int64_t pair_row;     // of the pair's, which does not
 };
 
+// Of pair `index`, in a matrix of each block of the launch.
 __device__ __forceinline__ TilePlace tile_place(int index, std::int64_t height, std::int64_t width) {
-  const int rows = static_cast<int>(ceil_div(height, kTileM));
+  const int rows = static_cast<int>(ceil_div(height, kPairM));
   const int columns = static_cast<int>(ceil_div(width, kTileN));
-  return {index / (rows * columns), std::int64_t{index % rows} * kTileM,
-          std::int64_t{index / rows % columns} * kTileN};
+  const std::int64_t row = std::int64_t{index % rows} * kPairM;
+  return {index / (rows * columns), row + cluster_rank() * kTileM, std::int64_t{index / rows % columns} * kTileN,
+          row};
 }
 
-// How many tiles cover a matrix of each block of the launch.
+// How many pairs cover it.
 inline int count_tiles(const Shape& shape, std::int64_t height, std::int64_t width) {
-  return static_cast<int>(shape.count * ceil_div(height, kTileM) * ceil_div(width, kTileN));
+  return static_cast<int>(shape.count * ceil_div(height, kPairM) * ceil_div(width, kTileN));
 }
 
-// Calls f(i, quads) with this thread's quads of columns [64 i, 64 i + 64) of its row: quad j begins at
-// consumer.column() + 64 i + 8 j.
+// 64 x 64 of a tile, in which accumulators are taken: a quad of this thread's row begins at column
+// consumer.column() + column + 8 j.
+struct Part {
+  const Sums& c;
+  int half, column;  // first column, from the tile's on
+
+  __device__ __forceinline__ int row() const { return half * kBox; }
+
+  // The whole warp takes part.
+  __device__ __forceinline__ Quad quad(int j) const {
+    const float* const x = c[half] + 4 * (column / 8 + j);
+    return gather_quad(x[0], x[1], x[2], x[3]);
+  }
+};
+
 template <class F>
-__device__ __forceinline__ void for_each_part(const float (&c)[kSums], const F& f) {
+__device__ __forceinline__ void for_each_part(const Sums& c, const F& f) {
 #pragma unroll
-  for (int i = 0; i < kParts; ++i) {
-    Quad quads[kQuads];
+  for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
-    for (int j = 0; j < kQuads; ++j) {
-      const float* const x = c + 4 * (i * kQuads + j);
-      quads[j] = gather_quad(x[0], x[1], x[2], x[3]);
-    }
-    f(i, quads);
+    for (int column = 0; column < kTileN; column += kBox) f(Part{c, half, column});
   }
 }
 
@@ -64,34 +78,39 @@ struct Output {
   std::int64_t stride;
 };
 
-// The quads of one row and 64 columns, rounded. The whole warpgroup takes part.
+// The quads of a part, rounded.
 template <class T>
-__device__ __forceinline__ void store_rounded(Consumer& consumer, const Output<T>& output, int part,
-                                              const Quad (&quads)[kQuads]) {
-  if (part * kBox >= output.columns) return;
-  if (consumer.group * kBox + kBox > output.rows) {
-    T* const at = output.at + consumer.row() * output.stride + consumer.column() + part * kBox;
-    const int left = consumer.row() < output.rows ? output.columns - consumer.column() - part * kBox : 0;
+using Rounded = Vector<T, 4>[kQuads];
+
+// The whole warpgroup takes part.
+template <class T>
+__device__ __forceinline__ void store_rounded(Consumer& consumer, const Output<T>& output, const Part& part,
+                                              const Rounded<T>& quads) {
+  if (part.column >= output.columns || part.row() >= output.rows) return;
+  if (part.row() + kBox > output.rows) {
+    const int row = part.row() + consumer.row(), column = consumer.column() + part.column;
+    T* const at = output.at + row * output.stride + column;
+    const int left = row < output.rows ? output.columns - column : 0;
 #pragma unroll
     for (int j = 0; j < kQuads; ++j) {
-      if (8 * j < left) store_vector(at + 8 * j, round_quad<T>(quads[j]));
+      if (8 * j < left) store_vector(at + 8 * j, quads[j]);
     }
     return;
   }
   unsigned char* const box = consumer.storage.staging[consumer.group][consumer.box];
   consumer.box ^= 1;
-  const unsigned row = consumer.row() % kBox;  // its piece j lies at j ^ row % 8
+  const unsigned row = consumer.row();  // its piece j lies at j ^ row % 8
   const unsigned place = row * 128 + row % 8 * 16 + consumer.column() * sizeof(T);
   if (consumer.thread == 0) wait_stores_read<1>();  // of the other box at most: this one is free
   named_barrier(kStaging + consumer.group, kGroup);
 #pragma unroll
   for (unsigned j = 0; j < kQuads; ++j) {
-    store_shared_vector(reinterpret_cast<T*>(box + (place ^ j * 16)), round_quad<T>(quads[j]));
+    store_shared_vector(reinterpret_cast<T*>(box + (place ^ j * 16)), quads[j]);
   }
   fence_async_shared();
   named_barrier(kStaging + consumer.group, kGroup);
   if (consumer.thread == 0) {
-    store_box(output.map, box, output.column + part * kBox, output.row + consumer.group * kBox, output.plane);
+    store_box(output.map, box, output.column + part.column, output.row + part.row(), output.plane);
     commit_stores();
   }
 }
@@ -102,8 +121,8 @@ __device__ __forceinline__ void store_rounded(Consumer& consumer, const Output<T
 struct StateTile {
   const Shape& shape;
   int plane, row, column;  // of its corner
-  std::int64_t at;         // offset of the thread's first quad; its other row is 8 further
-  int left[2];             // columns from there on that lie inside; none where the row does not
+  std::int64_t at;         // offset of the thread's first quad in the first part
+  int rows, columns;       // from there on that lie inside
 
   __device__ __forceinline__ StateTile(const Shape& states, std::int64_t sequence, const TilePlace& place,
                                        const Consumer& consumer)
@@ -114,16 +133,16 @@ struct StateTile {
     const int odd = consumer.lane() % 2;
     const int r = row + consumer.row() - 8 * odd, c = column + consumer.column() + 8 * odd;
     at = (sequence * shape.d + r) * shape.f + c;
-    left[0] = r < shape.d ? static_cast<int>(shape.f) - c : 0;
-    left[1] = r + 8 < shape.d ? static_cast<int>(shape.f) - c : 0;
+    rows = static_cast<int>(shape.d) - r;
+    columns = static_cast<int>(shape.f) - c;
   }
 
-  // Of quad j of a part as it is moved, where that lies inside.
-  __device__ __forceinline__ bool contains(int part, int j) const {
-    return part * kBox + j / 2 * 16 < left[j % 2];
+  // Of quad j of a part as it is moved: is it inside, and where?
+  __device__ __forceinline__ bool contains(const Part& part, int j) const {
+    return part.row() + j % 2 * 8 < rows && part.column + j / 2 * 16 < columns;
   }
-  __device__ __forceinline__ std::int64_t offset(int part, int j) const {
-    return at + j % 2 * 8 * shape.f + part * kBox + j / 2 * 16;
+  __device__ __forceinline__ std::int64_t offset(const Part& part, int j) const {
+    return at + (part.row() + j % 2 * 8) * shape.f + part.column + j / 2 * 16;
   }
 
   template <class T>
@@ -133,15 +152,29 @@ struct StateTile {
   }
 };
 
+struct QuadPair {
+  Quad at[2];
+};
+
 // (row, quad j) and (row + 8, j) of even lanes, those of j + 1 of odd ones, become quads j and j + 1 of the
 // lane's own row; or back.
-__device__ __forceinline__ void swap_quads(Quad& first, Quad& second) {
+__device__ __forceinline__ void swap_quads(QuadPair& pair) {
   const bool odd = threadIdx.x % 2 != 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float other = __shfl_xor_sync(0xffffffffu, odd ? first.at[i] : second.at[i], 1);
-    first.at[i] = odd ? other : first.at[i];
-    second.at[i] = odd ? second.at[i] : other;
+    float &first = pair.at[0].at[i], &second = pair.at[1].at[i];
+    const float other = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
+    first = odd ? other : first;
+    second = odd ? second : other;
+  }
+}
+
+// sum += scale * x
+__device__ __forceinline__ void add_scaled(QuadPair& sum, float scale, const QuadPair& x) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum.at[h].at[i] = fmaf(scale, x.at[h].at[i], sum.at[h].at[i]);
   }
 }
 
@@ -156,88 +189,61 @@ __device__ __forceinline__ void prefetch_tile(const float* state, const Shape& s
   }
 }
 
-// Reads a tile of the state, 64 columns at a time: the first while the tile is multiplied, the next while the
-// last are stored, so that nobody waits for L2.
-struct StateReader {
-  const float* state;
-  const StateTile& tile;
-  Quad quads[kQuads];
-
-  __device__ __forceinline__ StateReader(const float* from, const StateTile& place, int part = 0)
-      : state(from), tile(place) {
-    load(part);
+// Quads j and j + 1 of the thread's row in a part of a state, zeros outside.
+__device__ __forceinline__ QuadPair load_pair(const float* state, const StateTile& tile, const Part& part,
+                                              int j) {
+  QuadPair pair = {};
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (tile.contains(part, j + h)) pair.at[h] = load_vector<float, 4>(state + tile.offset(part, j + h));
   }
+  swap_quads(pair);
+  return pair;
+}
 
-  __device__ __forceinline__ void load(int part) {
+__device__ __forceinline__ void store_pair(float* state, const StateTile& tile, const Part& part, int j,
+                                           QuadPair pair) {
+  swap_quads(pair);
 #pragma unroll
-    for (int j = 0; j < kQuads; ++j) {
-      quads[j] = {};
-      if (part >= kParts || !tile.contains(part, j)) continue;
-      quads[j] = load_vector<float, 4>(state + tile.offset(part, j));
-    }
-  }
-
-  // What was loaded as the quads of the thread's row, zeros outside.
-  __device__ __forceinline__ Quad (&take())[kQuads] {
-#pragma unroll
-    for (int j = 0; j < kQuads; j += 2) swap_quads(quads[j], quads[j + 1]);
-    return quads;
-  }
-};
-
-__device__ __forceinline__ void store_part(float* state, const StateTile& tile, int part,
-                                           const Quad (&quads)[kQuads]) {
-#pragma unroll
-  for (int j = 0; j < kQuads; j += 2) {
-    Quad pair[2] = {quads[j], quads[j + 1]};
-    swap_quads(pair[0], pair[1]);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (tile.contains(part, j + h)) store_vector(state + tile.offset(part, j + h), pair[h]);
-    }
+  for (int h = 0; h < 2; ++h) {
+    if (tile.contains(part, j + h)) store_vector(state + tile.offset(part, j + h), pair.at[h]);
   }
 }
 
-// Row sums over 64 columns each, joined in the order of rows.cuh and stored in [sequences, parts, D] once
-// 128 are complete.
-struct RowSums {
-  float half = 0.0f;
-
-  __device__ __forceinline__ void add(const Consumer& consumer, const StateTile& tile, int part, float sum,
-                                      float* sums) {
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (part % 2 == 0) {
-      half = sum;
-      return;
-    }
-    const int place = tile.column / kTile + part / 2, row = tile.row + consumer.row();
-    const std::int64_t parts = ceil_div(tile.shape.f, kTile);
-    if (consumer.lane() % 4 < 2 && row < tile.shape.d && place < parts) {
-      sums[(tile.plane * parts + place) * tile.shape.d + row] = half + sum;
-    }
+// Stores a row's sum over the columns of a part in [sequences, parts, D], from the thread's share of it.
+__device__ __forceinline__ void store_row_sum(float* sums, const Consumer& consumer, const StateTile& tile,
+                                              const Part& part, float sum) {
+  sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+  const int place = (tile.column + part.column) / kBox, row = tile.row + part.row() + consumer.row();
+  const std::int64_t parts = ceil_div(tile.shape.f, kBox);
+  if (consumer.lane() % 4 < 2 && row < tile.shape.d && place < parts) {
+    sums[(tile.plane * parts + place) * tile.shape.d + row] = sum;
   }
-};
+}
 
-// weight = base + scale * c, rounded into the map; sums of squares into norms unless null. base may read
-// weight.
+// weight = base + scale * c, rounded into the map; sums of squares into norms unless null. base may be weight.
 template <class T>
-__device__ __forceinline__ void store_state(const float (&c)[kSums], Consumer& consumer,
-                                            const StateTile& tile, float scale, StateReader& base,
-                                            float* weight, const TensorMap& shadow, float* norms) {
-  RowSums sums;
-  for_each_part(c, [&](int part, Quad(&x)[kQuads]) {
-    const Quad(&w)[kQuads] = base.take();
+__device__ __forceinline__ void store_state(const Sums& c, Consumer& consumer, const StateTile& tile,
+                                            float scale, const float* base, float* weight,
+                                            const TensorMap& shadow, float* norms) {
+  for_each_part(c, [&](const Part& part) {
+    Rounded<T> rounded;
+    QuadPair next = load_pair(base, tile, part, 0);
     float sum = 0.0f;
 #pragma unroll
-    for (int j = 0; j < kQuads; ++j) {
+    for (int j = 0; j < kQuads; j += 2) {
+      QuadPair w = next;
+      if (j + 2 < kQuads) next = load_pair(base, tile, part, j + 2);  // ahead of the stores
+      add_scaled(w, scale, {part.quad(j), part.quad(j + 1)});
+      store_pair(weight, tile, part, j, w);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[j].at[i] = fmaf(scale, x[j].at[i], w[j].at[i]);
-      sum = add_squares(sum, x[j]);
+      for (int h = 0; h < 2; ++h) {
+        sum = add_squares(sum, w.at[h]);
+        rounded[j + h] = round_quad<T>(w.at[h]);
+      }
     }
-    base.load(part + 1);
-    store_part(weight, tile, part, x);
-    if (norms) sums.add(consumer, tile, part, sum, norms);
-    store_rounded(consumer, tile.output<T>(shadow), part, x);
+    if (norms) store_row_sum(norms, consumer, tile, part, sum);
+    store_rounded(consumer, tile.output<T>(shadow), part, rounded);
   });
 }
 
@@ -265,10 +271,10 @@ struct MapMaker {
 template <class Arguments>
 cudaError_t launch_tiles(const Device& device, const Schedule& schedule, void (*bfloat16_kernel)(Arguments),
                          void (*float16_kernel)(Arguments), const Arguments& arguments) {
-  const int tiles = schedule.longs + schedule.shorts;
-  const unsigned grid = tiles < device.multiprocessors ? tiles : device.multiprocessors;
-  return launch(device.operand == Operand::kBfloat16 ? bfloat16_kernel : float16_kernel, grid, kThreads,
-                shared_bytes<Storage>(), device.stream, arguments);
+  const int tiles = schedule.longs + schedule.shorts, most = std::max(1, device.multiprocessors / kCluster);
+  return launch_clusters(device.operand == Operand::kBfloat16 ? bfloat16_kernel : float16_kernel, kCluster,
+                         static_cast<unsigned>(kCluster * std::min(tiles, most)), kThreads,
+                         shared_bytes<Storage>(), device.stream, arguments);
 }
 
 }  // namespace ttt::scan::sm90

@@ -1,11 +1,11 @@
-// Backward on Hopper, tiles of tokens (as token_step.cu), 128 tokens x 256 on the pipeline of
+// Backward on Hopper, tiles of tokens (as token_step.cu), 128 tokens x 192 on the pipeline of
 // sm90_pipeline.cuh:
 //
 //   value [t, d]  P = Z G^T, K = F: both along K; dV = s P, and sums of V * P
 //   key [t, f]    dZ = s V G + dY' W, K = D twice: V and dY' along K, rows of G and W are K
 //
-// The two products of a key tile run through the pipeline as one: the producer goes straight on to the
-// second, the consumers scale their accumulators between.
+// The two products of a key tile are one turn: the producer goes straight on to the second, the consumer
+// scales its accumulators between.
 #include "sm90_tiles.cuh"
 
 namespace ttt::scan::sm90 {
@@ -22,10 +22,10 @@ struct TokenTiles {
   const TokenArguments& arguments;
 
   struct Tile {
-    bool is_value, is_reached;
+    bool is_value, is_reached, is_empty;
     TilePlace place;
     ScanBlock block;
-    std::int64_t rows;  // of the block from the tile's first on
+    std::int64_t rows;  // of the block from the tile's first on; may be none
   };
 
   __device__ __forceinline__ Schedule schedule() const { return arguments.schedule; }
@@ -39,13 +39,13 @@ struct TokenTiles {
                                        is_value ? shape.d : shape.f);
     const ScanBlock block = shape.blocks[place.block];
     const bool is_reached = is_written(block, step.has_dstate);
-    return {is_value, is_reached, place, block, block.tokens - place.row};
+    return {is_value, is_reached, place.pair_row >= block.tokens, place, block, block.tokens - place.row};
   }
 
   __device__ __forceinline__ void load(Producer& producer, int index) const {
-    const auto [is_value, is_reached, place, block, rows] = tile(index);
+    const auto [is_value, is_reached, is_empty, place, block, rows] = tile(index);
     const TokenStep& step = arguments.step;
-    if (rows <= 0) return;
+    if (is_empty) return;
     const std::int64_t row = block.first + place.row;
     const Source grad = {arguments.grad_shadow, place.column, 0, block.sequence};
     if (is_value) {
@@ -58,68 +58,76 @@ struct TokenTiles {
                                          {arguments.shadow, place.column, 0, block.sequence}, step.shape.d);
   }
 
-  __device__ __forceinline__ void assist(Storage&, int, int) const {}
+  __device__ __forceinline__ void assist(Storage&, int, int, int) const {}
 
   __device__ __forceinline__ void consume(Consumer& consumer, int index) const {
-    const auto [is_value, is_reached, place, block, rows] = tile(index);
+    const auto [is_value, is_reached, is_empty, place, block, rows] = tile(index);
     const TokenStep& step = arguments.step;
     const Shape& shape = step.shape;
-    if (rows <= 0) return;
+    if (is_empty) return consumer.skip_turn();
     const std::int64_t row = block.first + place.row;
     const float scale = is_reached ? step_of(step.steps, block) : 0.0f;
-    float c[kSums] = {};
+    Sums c = {};
+    consumer.take_turn();
     if (is_value) {
-      if (is_reached) consumer.multiply<T, Major::kK, Major::kK>(c, shape.f);
-      if (is_reached && step.dstep_parts) sum_values(c, consumer, place, row, rows);
-    } else if (is_reached) {
-      consumer.multiply<T, Major::kK, Major::kMN>(c, shape.d);
+      if (is_reached) consumer.multiply_last<T, Major::kK, Major::kK>(c, shape.f);
+      else consumer.pass_turn();
+      if (is_reached && step.dstep_parts && rows > 0) sum_values(c, consumer, place, row, rows);
+      scale_sums(c, scale);
+    } else {
+      if (is_reached) consumer.multiply<T, Major::kK, Major::kMN>(c, shape.d);
+      scale_sums(c, scale);
+      consumer.multiply_last<T, Major::kK, Major::kMN>(c, shape.d);
     }
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) c[i] *= scale;
-    if (!is_value) consumer.multiply<T, Major::kK, Major::kMN>(c, shape.d);
     const std::int64_t width = is_value ? shape.d : shape.f;
     T* const at = static_cast<T*>(is_value ? step.dv : step.dz) + row * width + place.column;
     const Output<T> output = {is_value ? arguments.dv : arguments.dz, 0, static_cast<int>(row),
                               static_cast<int>(place.column), static_cast<int>(rows),
                               static_cast<int>(width - place.column), at, width};
-    for_each_part(c, [&](int part, const Quad(&x)[kQuads]) { store_rounded(consumer, output, part, x); });
+    for_each_part(c, [&](const Part& part) {
+      Rounded<T> rounded;
+#pragma unroll
+      for (int j = 0; j < kQuads; ++j) rounded[j] = round_quad<T>(part.quad(j));
+      store_rounded(consumer, output, part, rounded);
+    });
   }
 
-  // The sums of V * c over 128 columns each, in the order of lanes, then warps.
-  __device__ __forceinline__ void sum_values(const float (&c)[kSums], const Consumer& consumer,
-                                             const TilePlace& place, std::int64_t row,
-                                             std::int64_t rows) const {
+  static __device__ __forceinline__ void scale_sums(Sums& c, float scale) {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) c[half][i] *= scale;
+    }
+  }
+
+  // The sum of V * c over the tile, in the order of lanes, then warps.
+  __device__ __forceinline__ void sum_values(const Sums& c, const Consumer& consumer, const TilePlace& place,
+                                             std::int64_t row, std::int64_t rows) const {
     const TokenStep& step = arguments.step;
     const Shape& shape = step.shape;
-    const std::int64_t from = (row + consumer.row()) * step.v.stride + place.column;
-    const T* const v = static_cast<const T*>(step.v.at) + from;
-    float sums[kTileN / kTile] = {};
-    for_each_part(c, [&](int part, const Quad(&x)[kQuads]) {
-      const int column = consumer.column() + part * kBox;
+    float sum = 0.0f;
+    for_each_part(c, [&](const Part& part) {
+      const int token = part.row() + consumer.row();
+      const std::int64_t column = place.column + part.column + consumer.column();
+      const T* const v = static_cast<const T*>(step.v.at) + (row + token) * step.v.stride + column;
 #pragma unroll
       for (int j = 0; j < kQuads; ++j) {
-        if (consumer.row() >= rows || place.column + column + 8 * j >= shape.d) continue;
-        const auto values = load_vector<T, 4>(v + column + 8 * j);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[part / 2] = fmaf(to_float(values.at[i]), x[j].at[i], sums[part / 2]);
+        const Quad x = part.quad(j);
+        if (token >= rows || column + 8 * j >= shape.d) continue;
+        sum = add_products(sum, to_quad(load_vector<T, 4>(v + 8 * j)), x);
       }
     });
-    auto& warps = consumer.storage.sums;
-    named_barrier(kAllConsumers, kConsumers);  // those of the tile before are read
+    float(&warps)[kWarps] = consumer.storage.sums[consumer.group];
+    sum = sum_lanes<kWarp>(sum);
+    named_barrier(kStaging + consumer.group, kGroup);  // those of its last tile are read
+    if (consumer.lane() == 0) warps[consumer.warp()] = sum;
+    named_barrier(kStaging + consumer.group, kGroup);
+    if (consumer.thread != 0) return;
+    sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kTileN / kTile; ++i) {
-      const float sum = sum_lanes<kWarp>(sums[i]);
-      if (consumer.lane() == 0) warps[consumer.group * kGroup / kWarp + consumer.warp()][i] = sum;
-    }
-    named_barrier(kAllConsumers, kConsumers);
-    const std::int64_t tile_rows = ceil_div(shape.block_tokens, kTile), columns = ceil_div(shape.d, kTile);
-    const std::int64_t column = place.column / kTile + consumer.thread;
-    if (consumer.group == 0 && consumer.thread < kTileN / kTile && column < columns) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kConsumers / kWarp; ++i) sum += warps[i][consumer.thread];
-      step.dstep_parts[(place.block * tile_rows + place.row / kTile) * columns + column] = sum;
-    }
+    for (int i = 0; i < kWarps; ++i) sum += warps[i];
+    const std::int64_t tile_rows = ceil_div(shape.block_tokens, kTileM), columns = ceil_div(shape.d, kTileN);
+    step.dstep_parts[(place.block * tile_rows + place.row / kTileM) * columns + place.column / kTileN] = sum;
   }
 };
 

@@ -6,8 +6,8 @@ namespace ttt::scan {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLanes = 4;                   // threads that share a row's kTile columns
-constexpr int kQuads = kTile / kLanes / 4;  // of each, 8 columns apart
+constexpr int kLanes = 2;                          // threads that share kNormColumns columns of a row
+constexpr int kQuads = kNormColumns / kLanes / 4;  // of each, 8 columns apart
 constexpr int kVector = 8;
 
 __device__ __forceinline__ std::int64_t thread_index() {
@@ -22,15 +22,15 @@ cudaError_t launch_threads(const Device& device, std::int64_t threads, void (*bf
                 device.stream, step);
 }
 
-// Four threads take kTile columns of a row: a half and, in it, every other quad, as rows.cuh has it.
+// Two threads take kNormColumns columns of a row, every other quad each, as rows.cuh has it.
 template <class T, class From>
 __global__ void __launch_bounds__(kThreads) scan_round_kernel(const RoundStates states) {
-  const std::int64_t parts = ceil_div(states.f, kTile);
+  const std::int64_t parts = ceil_div(states.f, kNormColumns);
   const std::int64_t unit = thread_index() / kLanes;
   const std::int64_t part = unit % parts, d = unit / parts % states.d, plane = unit / parts / states.d;
   const int lane = threadIdx.x % kLanes;
   const bool inside = plane < states.planes;  // threads past the end still take part in the sums
-  const std::int64_t column = part * kTile + lane / 2 * (kTile / 2) + lane % 2 * 4;
+  const std::int64_t column = part * kNormColumns + lane * 4;
   const From* from = static_cast<const From*>(states.source) + plane * states.plane_stride + d * states.f;
   const std::int64_t row = (plane * states.d + d) * states.f;
   float sum = 0.0f;
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) scan_round_kernel(const RoundStates 
 }
 
 __global__ void __launch_bounds__(kThreads) scan_bwd_ratio_kernel(const RatioStep step) {
-  const std::int64_t size = step.shape.d, parts = ceil_div(step.shape.f, kTile);
+  const std::int64_t size = step.shape.d, parts = ceil_div(step.shape.f, kNormColumns);
   const std::int64_t i = thread_index() / size, d = thread_index() % size;
   if (i >= step.shape.count) return;
   const std::int64_t sequence = step.shape.blocks[i].sequence, row = sequence * size + d;
@@ -85,10 +85,10 @@ __global__ void __launch_bounds__(kThreads) scan_bwd_dstep_kernel(const SumSteps
   const std::int64_t i = thread_index() / 32;
   if (i >= step.shape.count) return;
   const ScanBlock block = step.shape.blocks[i];
-  const std::int64_t columns = ceil_div(step.shape.d, kTile);
+  const std::int64_t columns = ceil_div(step.shape.d, step.value_columns);
   const bool reached = is_written(block, step.has_dstate);
-  const std::int64_t parts = reached ? ceil_div(block.tokens, kTile) * columns : 0;
-  const float* from = step.parts + i * ceil_div(step.shape.block_tokens, kTile) * columns;
+  const std::int64_t parts = reached ? ceil_div(block.tokens, kTileTokens) * columns : 0;
+  const float* from = step.parts + i * ceil_div(step.shape.block_tokens, kTileTokens) * columns;
   float sum = 0.0f;
   for (std::int64_t j = threadIdx.x % 32; j < parts; j += 32) sum += from[j];
   sum = sum_lanes<32>(sum);
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) scan_bwd_dstep_kernel(const SumSteps
 }  // namespace
 
 cudaError_t round_states(const RoundStates& states, const Device& device) {
-  const std::int64_t threads = states.planes * states.d * ceil_div(states.f, kTile) * kLanes;
+  const std::int64_t threads = states.planes * states.d * ceil_div(states.f, kNormColumns) * kLanes;
   if (states.source_is_float32) {
     return launch_threads(device, threads, scan_round_kernel<bfloat16, float>,
                           scan_round_kernel<float16, float>, states);

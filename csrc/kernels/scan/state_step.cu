@@ -13,15 +13,14 @@ namespace ttt::scan::sm80 {
 namespace {
 
 template <class T>
-__device__ __forceinline__ void enter(const Accumulator& c, const StateStep& step, Storage<T>& shared,
-                                      const StateTile& tile, const ScanBlock& block, bool subtract) {
+__device__ __forceinline__ void enter(const Accumulator& c, const StateStep& step, const StateTile& tile,
+                                      const ScanBlock& block, bool subtract) {
   const float scale = subtract ? -step_of(step.steps, block) : 0.0f;
-  store_state(c, shared, tile, scale, block.last ? step.carried : step.weight, step.weight,
+  store_state(c, tile, scale, block.last ? step.carried : step.weight, step.weight,
               static_cast<T*>(step.shadow), step.norms);
 }
 
-template <class T>
-__device__ __forceinline__ void sum_products(const Accumulator& c, const StateStep& step, Storage<T>& shared,
+__device__ __forceinline__ void sum_products(const Accumulator& c, const StateStep& step,
                                              const StateTile& tile) {
   gemm::for_each_row(c, [&](int row, int column, const Quad(&x)[kQuads]) {
     Quad w[kQuads];
@@ -29,9 +28,8 @@ __device__ __forceinline__ void sum_products(const Accumulator& c, const StateSt
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < kQuads; ++j) sum = add_products(sum, w[j], x[j]);
-    keep_row_sum(shared, row, sum);
+    store_row_sum(step.products, tile, row, sum);
   });
-  store_row_sums(shared, step.products, tile);
 }
 
 template <class T>
@@ -76,8 +74,8 @@ __global__ void __launch_bounds__(kThreads, 2) scan_bwd_state_kernel(const State
     const std::int64_t tokens = kUse != StateUse::kEnter ? block.tokens : subtract ? block.written : 0;
     Accumulator c = {};
     multiply_tokens(c, shared, step.a, step.z, step.shape, tile, block.first, tokens);
-    if constexpr (kUse == StateUse::kEnter) enter(c, step, shared, tile, block, subtract);
-    if constexpr (kUse == StateUse::kProducts) sum_products(c, step, shared, tile);
+    if constexpr (kUse == StateUse::kEnter) enter<T>(c, step, tile, block, subtract);
+    if constexpr (kUse == StateUse::kProducts) sum_products(c, step, tile);
     if constexpr (kUse == StateUse::kLeave) leave<T>(c, step, tile, block.sequence);
   }
 }

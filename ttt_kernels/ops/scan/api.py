@@ -63,10 +63,11 @@ def fast_weight_scan(
         cast to the autocast dtype, state and step_size are not.
     Determinism: bitwise repeatable on one device and configuration.
     Cost: 4 D F FLOPs per token forward, 10 D F backward, and about 8 D F / max(C, S*) bytes of state
-        traffic per token (`ops/scan/heuristics.py`). Extra memory, whatever T and C: one float32 weight
-        forward (one per sequence where gradients are needed), three in the backward; triton per sequence
-        two and, with operands of 16 bits, four, and up to a quarter of one where chunks are short; cuda per
-        sequence two and, with gradients, four.
+        traffic per token (`ops/scan/heuristics.py`). Extra memory, whatever T and C, in float32 weights:
+        eager one forward (one per sequence where gradients are needed), two in the backward; triton and
+        cuda per sequence two (float32: three) forward, three (float32: two) in the backward, and triton up
+        to half of one more where chunks are short. The backward works in the state that the forward has
+        saved; with `return_state` or `retain_graph=True`, and under torch.compile, it needs one more.
     Limits: one derivative (the reference has more); under `create_graph=True` a gradient that does not
         depend on y comes back without a graph. Causality holds for finite values: where several
         short chunks are computed together, a NaN in one reaches the outputs of its neighbours. triton

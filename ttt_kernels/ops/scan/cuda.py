@@ -15,7 +15,7 @@ from ttt_kernels.ops.cuda_launch import address, aligned, check_widths, kernel_p
 from ttt_kernels.ops.scan.blocks import block_table
 from ttt_kernels.types import ceil_div
 
-NORM_COLUMNS = 128  # kNormColumns of csrc/include/ttt/scan.h
+NORM_COLUMNS = 64  # kNormColumns of csrc/include/ttt/scan.h
 
 
 class Call:
@@ -106,6 +106,7 @@ def backward(
     chunk_size: int,
     preserve_row_norm: bool,
     return_state: bool,
+    consume: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dz, dv, dw0, dstep_size, dstate, as `eager_bwd.backward`."""
     call = Call(z, v, w0, step_size, lr, cu_seqlens, chunk_size, preserve_row_norm)
@@ -119,16 +120,21 @@ def backward(
             if result is not None:
                 result.zero_()
     else:
-        launch_backward(call, dy, dstate, carried, state, return_state, grad, dz, dv, dstep, norm_grad)
+        launch_backward(
+            call, dy, dstate, carried, state, return_state, consume, grad, dz, dv, dstep, norm_grad
+        )
     squares = square_norm(w0, torch.float32) if preserve_row_norm else None
     dw0 = initial_weight_gradient(w0, grad if state is None else None, norm_grad, squares)
     return dz, dv, dw0, dstep, grad if state is not None else carried.new_empty(0)
 
 
-def launch_backward(call, dy, dstate, carried, state, return_state, grad, dz, dv, dstep, norm_grad) -> None:
-    weight = torch.empty_like(carried)
-    w0_norms = call.w0_norms(weight[0])
-    shadow, grad_shadow = (call.z.new_empty(carried.shape) for _ in range(2))
+def launch_backward(
+    call, dy, dstate, carried, state, return_state, consume, grad, dz, dv, dstep, norm_grad
+) -> None:
+    weight = carried if consume else torch.empty_like(carried)
+    shadows = call.z.new_empty(2, *carried.shape)
+    w0_norms = call.w0_norms(shadows.view(torch.float32).view_as(carried)[0])  # until they are made
+    shadow, grad_shadow = shadows
     initial = aligned(call.w0 if state is None else state)
     arguments = dict(
         dy=address(dy), dy_stride=call.d, initial=address(initial),

@@ -133,9 +133,9 @@ class Operands:
         return apply_rounded_transposed(dy, weight, self.z.dtype, out)
 
 
-def initial_state(w0: Tensor, state: Tensor | None, span: Span, acc: torch.dtype) -> Tensor:
+def initial_state(w0: Tensor, state: Tensor | None, span: Span) -> Tensor:
     """W_0 of a sequence [D, F]: to read, not to write."""
-    return w0.to(acc) if state is None else state[span.index]
+    return w0 if state is None else state[span.index]
 
 
 def forward(
@@ -165,7 +165,7 @@ def forward(
     scratch = None if keep else torch.empty_like(w0, dtype=ops.acc)
     for span in spans:
         weight = carried[span.index] if keep else scratch
-        weight.copy_(initial_state(w0, state, span, ops.acc))
+        weight.copy_(initial_state(w0, state, span))
         for block in blocks_of(span, chunk_size, length):
             out = y[block.row, block.tokens]
             if block.is_super_chunk:

@@ -53,8 +53,12 @@ def backward(
     chunk_size: int,
     preserve_row_norm: bool,
     return_state: bool,
+    consume: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dz, dv, dw0, dstep_size, dstate; the last two are empty where there was no such input."""
+    """dz, dv, dw0, dstep_size, dstate; the last two are empty where there was no such input.
+
+    The state is recomputed in a copy of `carried` or, with `consume`, in it.
+    """
     ops = Operands.of(z, v, w0, step_size, lr, preserve_row_norm)
     length = super_chunk(chunk_size, w0.shape[0], w0.shape[1], z.device.type)
     spans = sequence_spans(z.shape[0], z.shape[1], chunk_size, cu_seqlens)
@@ -73,11 +77,12 @@ def backward(
         grad = dw0 if alone else torch.zeros_like(dw0) if state is None else dstart[span.index]
         if dstate is not None:
             grad.copy_(dstate[span.index])
-        weight, owned = carried[span.index], False
+        weight, owned = carried[span.index], consume
         for block in reversed(blocks_of(span, chunk_size, length)):
             reached = return_state or not block.last  # does anything read the state after this block?
             if block.start == span.start:  # the state before the first write is known exactly
-                weight = initial_state(w0, state, span, ops.acc)
+                known = initial_state(w0, state, span)
+                weight = weight.copy_(known) if owned else known.to(ops.acc)
             elif reached and block.written > block.start:
                 weight, owned = weight if owned else weight.clone(), True
                 ops.write(block, weight, sign=-1)

@@ -2,9 +2,14 @@
 
 Fixed arity: what a call does not have or need is an empty tensor. Outputs are contiguous and alias
 nothing. The Function is what `api` calls.
+
+The backward recomputes the state in place, by subtraction. `scan_bwd` does so in a copy of what the
+forward saved; `scan_bwd_consume` is the same but for that copy: it overwrites `carried`.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -56,11 +61,11 @@ def _forward_fake(
 
 def _backward(
     dy, dstate, carried, z, v, w0, step_size, lr, state, cu_seqlens, chunk_size,
-    preserve_row_norm, return_state, impl,
+    preserve_row_norm, return_state, impl, *, consume,
 ):  # fmt: skip
     return BACKWARD[resolve_implementation(impl, z, "fast_weight_scan")](
         dy, dstate, carried, z, v, w0, step_size, lr, state, cu_seqlens, chunk_size,
-        preserve_row_norm, return_state,
+        preserve_row_norm, return_state, consume,
     )  # fmt: skip
 
 
@@ -84,13 +89,35 @@ scan_fwd = register_op(
     _forward,
     _forward_fake,
 )
-scan_bwd = register_op(
-    "scan_bwd(Tensor dy, Tensor? dstate, Tensor carried, Tensor z, Tensor v, Tensor w0, "
+_BACKWARD_SCHEMA = (
+    "{}(Tensor dy, Tensor? dstate, {} carried, Tensor z, Tensor v, Tensor w0, "
     "Tensor? step_size, float lr, Tensor? state, Tensor? cu_seqlens, SymInt chunk_size, "
-    "bool preserve_row_norm, bool return_state, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+    "bool preserve_row_norm, bool return_state, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+scan_bwd = register_op(
+    _BACKWARD_SCHEMA.format("scan_bwd", "Tensor"),
+    functools.partial(_backward, consume=False),
     _backward_fake,
 )
+scan_bwd_consume = register_op(
+    _BACKWARD_SCHEMA.format("scan_bwd_consume", "Tensor(a!)"),
+    functools.partial(_backward, consume=True),
+    _backward_fake,
+)
+
+
+def _may_consume(return_state: bool) -> bool:
+    """May the backward that runs now overwrite the state that the forward saved?
+
+    Not where the caller has it too, as the second output, nor where autograd keeps the graph for another
+    backward. Nor while a compiler traces: what it makes of one backward serves them all. (Hooks on saved
+    tensors that hand out what they keep for themselves have that overwritten.)
+    """
+    if return_state or torch.compiler.is_compiling():
+        return False
+    # Private to torch, which asks the same for AOTAutograd's donated buffers; without it every graph is kept.
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps_graph is not None and not keeps_graph()
 
 
 class ScanFunction(torch.autograd.Function):
@@ -117,7 +144,13 @@ class ScanFunction(torch.autograd.Function):
         lr, chunk_size, preserve, return_state, impl = ctx.settings
         dy = z.new_zeros(*z.shape[:2], w0.shape[0]) if dy is None else dy.contiguous()
         dstate = dcarried.contiguous() if return_state and dcarried is not None else None
-        dz, dv, dw0, dstep, dstart = scan_bwd(
+        if _may_consume(return_state):
+            # Beforehand: should this backward fail midway, torch refuses another one of the same graph.
+            torch.autograd.graph.increment_version(carried)
+            run = scan_bwd_consume
+        else:
+            run = scan_bwd
+        dz, dv, dw0, dstep, dstart = run(
             dy, dstate, carried, z, v, w0, step_size, lr, state, cu_seqlens, chunk_size, preserve,
             return_state, impl,
         )  # fmt: skip

@@ -11,7 +11,7 @@ without row-norm preservation), a block takes these launches:
 
 A launch covers block n of every sequence (`blocks`). `enter` and `leave` own their tiles of W and G
 and work in place, in float32; they emit copies rounded to the dtype of z, which `token` reads. The last
-block of a sequence is entered from the carried state, which is never modified; the state before the
+block of a sequence is entered from the carried state, which may lie where W does; the state before the
 first block is the known one, to the bit. Partial sums lie in buffers of their own and are added in a
 fixed order.
 
@@ -187,8 +187,9 @@ class Backward:
     """Buffers and launches of one call. `grad` is G, in the end the gradient of the initial states."""
 
     def __init__(
-        self, dy, dstate, carried, z, v, w0, step_size, lr, state, table: BlockTable, chunk, preserve, dense
-    ) -> None:
+        self, dy, dstate, carried, z, v, w0, step_size, lr, state, table: BlockTable, chunk, preserve, dense,
+        consume,
+    ) -> None:  # fmt: skip
         self.dy, self.z, self.v, self.table, self.carried = dy, z, v, table, carried
         self.initial = w0 if state is None else state
         self.d, self.f = w0.shape
@@ -203,7 +204,7 @@ class Backward:
         self.even_blocks = dense and table.length % k == 0 and z.shape[1] % k == 0
         self.rounded = z.dtype != torch.float32
         self.grad = torch.zeros_like(carried) if dstate is None else dstate.clone()
-        self.weight = torch.empty_like(carried)
+        self.weight = carried if consume else torch.empty_like(carried)
         self.shadow = torch.empty_like(carried, dtype=z.dtype) if self.rounded else self.weight
         self.grad_shadow = self.grad.to(z.dtype) if self.rounded else self.grad
         self.dz, self.dv = torch.empty_like(z), torch.zeros_like(v)
@@ -345,6 +346,7 @@ def backward(
     chunk_size: int,
     preserve_row_norm: bool,
     return_state: bool,
+    consume: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dz, dv, dw0, dstep_size, dstate, as `eager_bwd.backward`."""
     batch, tokens = z.shape[:2]
@@ -353,7 +355,7 @@ def backward(
     table = block_table(batch, tokens, chunk, block, cu_seqlens, z.device)
     part = Backward(
         dy, dstate, carried, z, v, w0, step_size, lr, state, table, chunk, preserve_row_norm,
-        cu_seqlens is None,
+        cu_seqlens is None, consume,
     )  # fmt: skip
     part.run(return_state)
     dstep = part.dsteps.sum(1).view_as(step_size) if step_size is not None else carried.new_empty(0)

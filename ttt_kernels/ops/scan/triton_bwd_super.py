@@ -298,11 +298,12 @@ class SuperChunks:
 
     def prepare(self, n: int) -> None:
         """`scores` and `mixed` of launch n, [blocks, block, block]. What does not depend on the state is
-        made for as many launches at a time as take a quarter of a float32 weight."""
+        made for as many launches at a time as take an eighth of a float32 weight."""
         run, length, offsets = self.run, self.run.table.length, self.run.table.offsets
         if n not in self.group:
-            self.group_scores = self.group_mixed = None  # before their successors are allocated
-            limit = max(len(run.table.of(n)), run.d * run.f // (2 * length**2))
+            # Before their successors are allocated: the views of launch n + 1 hold them too.
+            self.group_scores = self.group_mixed = self.scores = self.mixed = None
+            limit = max(len(run.table.of(n)), run.d * run.f // (4 * length**2))
             start = min(n, bisect_left(offsets, offsets[n + 1] - limit))
             blocks, self.group = run.table.rows[offsets[start] : offsets[n + 1]], range(start, n + 1)
             self.group_scores = run.z.new_empty(len(blocks), length, length)

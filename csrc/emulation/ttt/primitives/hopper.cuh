@@ -1,4 +1,4 @@
-// Twin of the device header: mbarriers, TMA and wgmma on a CPU.
+// Twin of the device header: mbarriers, TMA, clusters and wgmma on a CPU.
 #pragma once
 
 #include <cuda.h>
@@ -72,6 +72,20 @@ void wait_stores() {
 
 inline void fence_async_shared() { emulation::fence_async_shared(); }
 
+// --- clusters ------------------------------------------------------------------------------------
+inline int cluster_rank() { return emulation::cluster_rank(); }
+
+inline void cluster_sync(TTT_SITE) { emulation::cluster_sync(site); }
+
+inline void barrier_arrive_cluster(Barrier* barrier, int rank, TTT_SITE) {
+  emulation::barrier_arrive_cluster(barrier, rank, site);
+}
+
+inline void load_box_multicast(void* shared, const TensorMap& map, int column, int row, int plane,
+                               Barrier* barrier, std::uint16_t mask, TTT_SITE) {
+  emulation::load_box_multicast(shared, map, {column, row, plane}, barrier, mask, site);
+}
+
 // --- registers -----------------------------------------------------------------------------------
 template <int kRegisters>
 void release_registers(TTT_SITE) {
@@ -106,9 +120,11 @@ void wait_products(TTT_SITE) {
 template <int kCount>
 void pin_registers(float (&)[kCount]) {}
 
+inline void forget(int&) {}
+
 template <class T, int kN, Major kA, Major kB>
 void multiply_add(float (&c)[kN / 2], std::uint64_t a, std::uint64_t b, TTT_SITE) {
-  static_assert(kN == 128 || kN == 256);
+  static_assert(kN == 128 || kN == 192);
   static_assert(std::is_same_v<T, bfloat16> || std::is_same_v<T, float16>);
   emulation::begin_product(
       c, a, b, {kN, std::is_same_v<T, bfloat16>, kA == Major::kMN, kB == Major::kMN}, site);

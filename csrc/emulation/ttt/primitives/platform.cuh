@@ -29,11 +29,23 @@ constexpr int shared_bytes() {
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared, cudaStream_t,
-                   const Arguments&... arguments) {
+cudaError_t launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block, int shared,
+                            cudaStream_t, const Arguments&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
   const std::tuple<Parameters...> parameters{static_cast<Parameters>(arguments)...};
-  return emulation::run([&] { std::apply(kernel, parameters); }, grid, block, shared);
+  return emulation::run([&] { std::apply(kernel, parameters); }, cluster, grid, block, shared);
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  return launch_clusters(kernel, 1, grid, block, shared, stream, arguments...);
+}
+
+template <class... Parameters>
+cudaError_t count_clusters(int* count, [[maybe_unused]] void (*kernel)(Parameters...), int cluster, dim3 block,
+                           int shared) {
+  return emulation::count_clusters(count, cluster, block, shared);
 }
 
 template <int kWords>

@@ -1,4 +1,5 @@
-// Hopper's asynchronous units (sm_90a): mbarriers, the tensor memory accelerator (TMA), warpgroup products.
+// Hopper's asynchronous units (sm_90a): mbarriers, the tensor memory accelerator (TMA), clusters of blocks,
+// warpgroup products.
 //
 // Everything moves in boxes of 64 x 64 16-bit numbers: 64 rows of 128 bytes, 16-byte pieces swizzled
 // (piece p of row r lies at p ^ (r % 8)), aligned to 1024 bytes. A box of tokens x features serves both
@@ -29,7 +30,7 @@ __device__ __forceinline__ void barrier_init(Barrier* barrier, int count) {
                : "memory");
 }
 
-// After the inits, before a barrier of the block: the asynchronous units see them.
+// After the inits, before a barrier of the block or cluster: asynchronous units and other blocks see them.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -137,6 +138,52 @@ __device__ __forceinline__ void fence_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// --- clusters ------------------------------------------------------------------------------------
+// Blocks that run at the same time on neighbouring multiprocessors (launch_clusters). A load may write into all
+// of them, and a thread may arrive at their barriers; other stores and loads stay within the block.
+
+// Which block of its cluster this is, from 0.
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of all blocks wait for each other; those that have ended count as there. At the start, after
+// fence_barrier_init: no block may arrive or load before all barriers are made. At the end: no block may end
+// while others still load into it or arrive at its barriers.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;" ::
+          : "memory");
+}
+
+// Arrives at the barrier of block `rank`, which lies where `barrier` lies in this block. It tells that reads of
+// shared memory are done, and no more. The release at cluster scope, which would publish stores too, and the
+// acquire that belongs to it cost a MEMBAR.ALL.GPU an arrival and the first-level cache at every wait.
+__device__ __forceinline__ void barrier_arrive_cluster(Barrier* barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
+// load_box into every block whose bit of `mask` is set, at the place that `shared` has in this one; in each
+// kBoxBytes arrive at the barrier where `barrier` lies. L2 is read once.
+__device__ __forceinline__ void load_box_multicast(void* shared, const TensorMap& map, int column, int row,
+                                                   int plane, Barrier* barrier, std::uint16_t mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(plane), "h"(mask)
+      : "memory");
+}
+
 // --- registers -----------------------------------------------------------------------------------
 // A whole warpgroup gives registers back, or takes them (a multiple of 8, 24 to 256).
 template <int kRegisters>
@@ -185,7 +232,10 @@ __device__ __forceinline__ void pin_registers(float (&c)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(c[i])::"memory");
 }
 
-// The warpgroup's c [64, kN] += a [64, 16] b [16, kN] (kN 128 or 256), begun, not done: c may not be touched
+// The compiler takes x to have changed: what depends on it is made again, not kept in a register.
+__device__ __forceinline__ void forget(int& x) { asm volatile("" : "+r"(x)); }
+
+// The warpgroup's c [64, kN] += a [64, 16] b [16, kN] (kN 128 or 192), begun, not done: c may not be touched
 // before wait_products. Warp w, lane l, g = l / 4, q = l % 4: c[4 j + 2 h + i] is the element
 // (16 w + g + 8 h, 8 j + 2 q + i).
 
@@ -194,50 +244,46 @@ __device__ __forceinline__ void pin_registers(float (&c)[kCount]) {
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define TTT_REGISTERS_128 \
+#define TTT_REGISTERS_96 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define TTT_FLOATS_8(i) \
   "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), \
       "+f"(c[i + 6]), "+f"(c[i + 7])
-#define TTT_FLOATS_64(i)                                                                               \
-  TTT_FLOATS_8(i), TTT_FLOATS_8(i + 8), TTT_FLOATS_8(i + 16), TTT_FLOATS_8(i + 24), TTT_FLOATS_8(i + 32), \
-      TTT_FLOATS_8(i + 40), TTT_FLOATS_8(i + 48), TTT_FLOATS_8(i + 56)
+#define TTT_FLOATS_32(i) TTT_FLOATS_8(i), TTT_FLOATS_8(i + 8), TTT_FLOATS_8(i + 16), TTT_FLOATS_8(i + 24)
 #define TTT_WGMMA_128(type)                                                                       \
   asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" TTT_REGISTERS_64 \
                "}, %64, %65, 1, 1, 1, %66, %67;"                                                  \
-               : TTT_FLOATS_64(0)                                                                 \
+               : TTT_FLOATS_32(0), TTT_FLOATS_32(32)                                              \
                : "l"(a), "l"(b), "n"(kA == Major::kMN), "n"(kB == Major::kMN))
-#define TTT_WGMMA_256(type)                                                                        \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" TTT_REGISTERS_128 \
-               "}, %128, %129, 1, 1, 1, %130, %131;"                                               \
-               : TTT_FLOATS_64(0), TTT_FLOATS_64(64)                                               \
+#define TTT_WGMMA_192(type)                                                                       \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32." type "." type " {" TTT_REGISTERS_96 \
+               "}, %96, %97, 1, 1, 1, %98, %99;"                                                  \
+               : TTT_FLOATS_32(0), TTT_FLOATS_32(32), TTT_FLOATS_32(64)                           \
                : "l"(a), "l"(b), "n"(kA == Major::kMN), "n"(kB == Major::kMN))
 
 template <class T, int kN, Major kA, Major kB>
 __device__ __forceinline__ void multiply_add(float (&c)[kN / 2], std::uint64_t a, std::uint64_t b) {
-  static_assert(kN == 128 || kN == 256);
+  static_assert(kN == 128 || kN == 192);
   constexpr bool kBfloat16 = std::is_same_v<T, bfloat16>;
   if constexpr (kN == 128) {
     if constexpr (kBfloat16) TTT_WGMMA_128("bf16");
     else TTT_WGMMA_128("f16");
   } else {
-    if constexpr (kBfloat16) TTT_WGMMA_256("bf16");
-    else TTT_WGMMA_256("f16");
+    if constexpr (kBfloat16) TTT_WGMMA_192("bf16");
+    else TTT_WGMMA_192("f16");
   }
 }
 
-#undef TTT_WGMMA_256
+#undef TTT_WGMMA_192
 #undef TTT_WGMMA_128
-#undef TTT_FLOATS_64
+#undef TTT_FLOATS_32
 #undef TTT_FLOATS_8
-#undef TTT_REGISTERS_128
+#undef TTT_REGISTERS_96
 #undef TTT_REGISTERS_64
 
 }  // namespace ttt::sm90

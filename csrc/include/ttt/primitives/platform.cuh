@@ -35,22 +35,54 @@ constexpr int shared_bytes() {
   return static_cast<int>(sizeof(Storage)) + kSharedAlignment;
 }
 
-// kernel<<<grid, block, shared, stream>>>(arguments...); nothing for an empty grid.
+// kernel<<<grid, block, shared, stream>>>(arguments...) in clusters of `cluster` blocks, neighbours along x, of
+// which grid.x is a multiple; nothing for an empty grid.
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared, cudaStream_t stream,
-                   const Arguments&... arguments) {
+cudaError_t launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block, int shared,
+                            cudaStream_t stream, const Arguments&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
   if (shared > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error != cudaSuccess) return error;
   }
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = static_cast<std::size_t>(shared);
   config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1;  // before Hopper there is no such attribute
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+// The same of single blocks.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  return launch_clusters(kernel, 1, grid, block, shared, stream, arguments...);
+}
+
+// How many clusters of a kernel the device runs at the same time: not one for every `cluster` multiprocessors
+// where those do not come in such groups.
+template <class... Parameters>
+cudaError_t count_clusters(int* count, void (*kernel)(Parameters...), int cluster, dim3 block, int shared) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = static_cast<unsigned>(cluster);
+  config.blockDim = block;
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaOccupancyMaxActiveClusters(count, kernel, &config);
 }
 
 // Stores 16 or 8 bytes to global memory in one access, where nvcc may make one for each element of a struct.
