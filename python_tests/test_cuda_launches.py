@@ -12,9 +12,19 @@ from ttt_kernels import _extension
 from ttt_kernels.cli import report_predictions
 from ttt_kernels.cli.bench_case import Case as Row
 from ttt_kernels.cli.report_command import cuda_kernels as readable_kernels
+from ttt_kernels.ops.cuda_launch import SM80, SM90
 from ttt_kernels.testing import cuda_launches, roofline
 from ttt_kernels.testing.cuda_compiled import CudaReport
-from ttt_kernels.testing.cuda_launches import AMPERE, HOPPER, Blocks, Extension, forward_step, step_apply
+from ttt_kernels.testing.cuda_launches import (
+    AMPERE,
+    HOPPER,
+    NARROW,
+    Blocks,
+    Extension,
+    forward_step,
+    products_of,
+    step_apply,
+)
 from ttt_kernels.testing.kernel_report import RESERVED_SHARED
 from ttt_kernels.testing.kernel_survey import Case
 from ttt_kernels.testing.roofline import MACHINES, Step, predict
@@ -95,11 +105,22 @@ def test_tiles_of_the_two_paths():
     assert [(t.count, t.rounds, t.overlap) for t in ampere.work.tiles] == [(256, 1, False), (3584, 1, False)]
     assert hopper.work.traffic == ampere.work.traffic == 12 * D * F + 2 * C * (F + 2 * D)
     apply, write = hopper.work.tiles
-    assert apply.loads == F // 64 * 28672 and write.loads == C // 64 * 28672  # stages of 40 KB, 24 of them shared
+    assert (
+        apply.loads == F // 64 * 28672 and write.loads == C // 64 * 28672
+    )  # stages of 40 KB, 24 of them shared
     assert apply.tail == 2 * 128 * 192 and write.tail == 240 * 1024
     assert apply.tail_reads == 0 and write.tail_reads == 96 * 1024
     three = HOPPER.tiles(1, 3 * 128, 192, 64, 0)
     assert three.count == 4  # tiles come in pairs
+
+
+def test_the_width_of_hopper_tiles():
+    """Wide ones do more for a byte; narrow ones where few wide ones would leave multiprocessors idle."""
+    assert products_of(SM80, 132, Blocks(1, C, D, F)) is AMPERE
+    assert products_of(SM90, 132, Blocks(1, C, D, F)) is HOPPER
+    assert products_of(SM90, 132, Blocks(1, C, 2560, 9728)) is HOPPER
+    assert products_of(SM90, 132, Blocks(1, C, 1024, 3072)) is NARROW
+    assert products_of(SM90, 132, Blocks(8, C, 1024, 3072)) is HOPPER
 
 
 def test_decode():
@@ -141,8 +162,8 @@ def test_backwards_without_kernels_are_library_products():
 
 # --- memory, and the border -----------------------------------------------------------------------
 def test_memory_is_that_of_the_python_code():
-    """In float32 weights, beyond results: state and two shadows; with gradients saved state, G and two shadows,
-    less dw0."""
+    """In float32 weights, beyond results: state and two shadows; with gradients saved state, G and two
+    shadows, less dw0."""
     weight = 4 * D * F
     for operation, wanted in (("scan fwd", 2), ("scan fwd+bwd", 2.5)):
         extra = recorded(replace(LLAMA, operation=operation)).extra_bytes / weight
@@ -159,6 +180,14 @@ def test_workspaces_are_those_of_the_library(cuda_kernels):  # noqa: F811
             asked.append(name)
             return mine
 
+        def scan_forward(self, **arguments):
+            names = "y y_stride state write_last shadow_0 shadow_1 norms_0 norms_1 w0_norms".split()
+            call = {k: v for k, v in arguments.items() if k not in names}
+            first = cuda_launches._blocks(*(call[k] for k in ("offsets", "chunk", "tokens", "d", "f")))[0]
+            mine = products_of(call["path"], self.processors, first).columns
+            assert mine == library.scan_tile_columns(**call)
+            asked.append(f"scan_tile_columns {mine}")
+
         def scan_backward_workspace(self, **arguments):
             # The address of a meta tensor is 0, which the library would take for none.
             return self.compare("scan_backward_workspace", {**arguments, "step_size": 256})
@@ -173,10 +202,11 @@ def test_workspaces_are_those_of_the_library(cuda_kernels):  # noqa: F811
     processors = torch.cuda.get_device_properties(0).multi_processor_count if GPU else emulated
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_launches, "Extension", lambda _: Both(processors))
-        for case in (LLAMA, ODD, replace(ODD, preserve_row_norm=True)):
+        for case in (LLAMA, ODD, replace(ODD, preserve_row_norm=True), replace(ODD, d=128, f=128)):
             for operation in ("scan fwd+bwd", "step size fwd", "decode apply"):
                 recorded(replace(case, operation=operation, tokens=min(case.tokens, 2000)))
-    assert set(asked) == {"scan_backward_workspace", "step_size_workspace", "step_apply_workspace"}
+    columns = {"scan_tile_columns 128", "scan_tile_columns 192"}
+    assert set(asked) == {"scan_backward_workspace", "step_size_workspace", "step_apply_workspace", *columns}
 
 
 def test_packed_sequences_are_refused():
@@ -223,7 +253,9 @@ def test_a_row_of_the_report():
     assert line["largest"]["registers"] == 168 and line["largest"]["resident_blocks"] == 1
     assert line["counted_flops"] == pytest.approx((2 * CHUNKS - 1) * CHUNK, rel=1e-5)
     assert line["extra_weights"] == pytest.approx(2.0, abs=0.01)
-    launches = 8 * predict(H200, [Step("", forward_step(HOPPER, Blocks(1, C, EVEN.d, EVEN.f), True).work, 1)]).device
+    launches = (
+        8 * predict(H200, [Step("", forward_step(HOPPER, Blocks(1, C, EVEN.d, EVEN.f), True).work, 1)]).device
+    )
     assert 0.9 * launches < line["milliseconds"] / 1e3 < 1.1 * launches  # the last writes nothing
     float32 = replace(row, dtype="float32")
     assert "cuda" not in {r.impl for r in report_predictions.rows([float32])}

@@ -118,10 +118,16 @@ def test_a_launch_does_what_the_method_needs(compiled):
 
 
 def test_memory_is_counted(compiled):
-    """Extra memory of a forward: the float32 state and two rounded copies, some partial sums."""
+    """Extra memory of a forward: the float32 state and two rounded copies, some partial sums. With a
+    backward: the state, in the memory where the forward has saved it, G and two rounded copies, less dw0,
+    and what super-chunks need."""
     forward = next(o for o in survey([replace(SMALL, operation="scan fwd")], (90,)))
     weight = 4 * SMALL.d * SMALL.f
     assert 2 * weight <= forward.extra_bytes < 2.1 * weight
+    for one in compiled:
+        if one.case in (LARGE, replace(LARGE, chunk_size=64), MIDDLE, SMALL):
+            most = 2.6 if one.case.chunk_size == 1024 else 2.8
+            assert 2.5 <= one.extra_bytes / (4 * one.case.d * one.case.f) < most
 
 
 # --- the tool itself --------------------------------------------------------------------------------

@@ -1,9 +1,7 @@
 """The time model: every term of it, by a launch in which only that term matters."""
 
 import doctest
-from dataclasses import fields
-
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 

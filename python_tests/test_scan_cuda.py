@@ -107,9 +107,10 @@ def test_packed(packing, preserve):
     compare(scan_call(cu=PACKINGS[packing], preserve_row_norm=preserve))
 
 
-@pytest.mark.parametrize("d, f", [(8, 8), (8, 136), (136, 8)])
+@pytest.mark.parametrize("d, f", [(8, 8), (8, 136), (136, 8), (136, 200), (264, 392)])
 def test_weight_shapes(d, f):
-    compare(scan_call(1, 2 * C + 2, d=d, f=f, preserve_row_norm=d > f))
+    """With one tile and with several, of 128 columns and of 192, and with half a pair of tiles."""
+    compare(scan_call(1, 2 * C + 2, d=d, f=f, preserve_row_norm=d != f))
 
 
 @pytest.mark.parametrize("return_state", [False, True])

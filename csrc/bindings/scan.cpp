@@ -50,6 +50,14 @@ void norms(const py::kwargs& kwargs) {
   run("scan_norms", call.place, [&] { return scan_norms(call, weight, into); });
 }
 
+int tile_columns(const py::kwargs& kwargs) {
+  Arguments a("scan_tile_columns", kwargs);
+  std::vector<std::int64_t> offsets;
+  const ScanCall call = take_call(a, offsets);
+  a.finish();
+  return scan_tile_columns(call);
+}
+
 void forward(const py::kwargs& kwargs) {
   Arguments a("scan_forward", kwargs);
   std::vector<std::int64_t> offsets;
@@ -111,6 +119,7 @@ void backward(const py::kwargs& kwargs) {
 void add_scan(py::module_& m) {
   m.def("scan_norms", &norms, "Partial square row norms of float32 weights; see ttt/scan.h.");
   m.def("scan_forward", &forward, "See ttt/scan.h.");
+  m.def("scan_tile_columns", &tile_columns, "See ttt/scan.h; takes what all scan calls take.");
   m.def("scan_backward_workspace", &backward_workspace,
         "Bytes of the backward's workspace, from the arguments of scan_backward.");
   m.def("scan_backward", &backward, "See ttt/scan.h.");

@@ -27,13 +27,17 @@ TYPES = {"__nv_bfloat16": "bf16", "__half": "f16", "float": "f32"}
 PARAMETERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "scan_bwd_state_kernel": ("use",),
-        "sm90_scan_bwd_state_kernel": ("use",),
+        "sm90_scan_fwd_step_kernel": ("BLOCK_N",),
+        "sm90_scan_bwd_state_kernel": ("BLOCK_N", "use"),
+        "sm90_scan_bwd_token_kernel": ("BLOCK_N",),
         "step_apply_matvec_kernel": ("BLOCK_D", "BLOCK_T"),
     }
 )
 USES = ("enter", "products", "leave")  # StateUse of csrc/kernels/scan/launches.h
-# The struct in shared memory with which a kernel is launched; one that is not here uses none.
-_SM80, _SM90 = "scan::sm80::Storage<bfloat16>", "scan::sm90::Storage"
+# The struct in shared memory with which a kernel is launched, {BLOCK_N} as in `tile`; one that is not here
+# uses none.
+_SM80, _SM90 = "scan::sm80::Storage<bfloat16>", "scan::sm90::Storage<{BLOCK_N}>"
+_WIDTHS = (128, 192)  # values of BLOCK_N
 STORAGE: Mapping[str, str] = MappingProxyType(
     {
         "scan_fwd_step_kernel": _SM80,
@@ -101,7 +105,7 @@ def read_library(library: Path, storage: Mapping[str, int]) -> dict[str, list[Cu
 
     Args:
         library: the file.
-        storage: bytes of dynamic shared memory by kernel, from `storage_bytes`.
+        storage: bytes of dynamic shared memory by struct, from `storage_bytes`.
     """
     images: dict[str, list[CudaReport]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +143,8 @@ def read_kernel(
     inner = code.multiplying_loops()
     if "THREADS" not in usage:
         raise RuntimeError(f"{name} has no __launch_bounds__: how many threads are in a block of it?")
-    if name not in storage and SHARED_ACCESSES & set(instructions):
+    struct = STORAGE.get(name, "").format(**dict(tile))
+    if not struct and SHARED_ACCESSES & set(instructions):
         raise RuntimeError(f"{name} uses shared memory: STORAGE must name the struct it is launched with")
     return CudaReport(
         kernel=name,
@@ -154,7 +159,7 @@ def read_kernel(
         spill_stores=sum(bytes_by_width(code.opcodes, ("STL",)).values()),
         spill_loads=sum(bytes_by_width(code.opcodes, ("LDL",)).values()),
         loop_spills=sum(sum(bytes_by_width(loop, ("STL", "LDL")).values()) for loop in inner),
-        shared_memory=max(usage["SHARED"] - RESERVED_SHARED, 0) + storage.get(name, 0),
+        shared_memory=max(usage["SHARED"] - RESERVED_SHARED, 0) + storage.get(struct, 0),
         tensor_memory=0,
         dots=(),
         wgmma=instructions.count("HGMMA"),
@@ -233,16 +238,18 @@ def _between(numbers: list[int]) -> str:
 
 # --- sources --------------------------------------------------------------------------------------
 def storage_bytes(csrc: Path) -> dict[str, int]:
-    """Bytes of dynamic shared memory that each kernel is launched with, as a C++ compiler counts them.
+    """Bytes of dynamic shared memory for each struct that kernels are launched with, as a C++ compiler counts
+    them.
 
     Args:
         csrc: the folder; its headers for the CPU serve, the structs are the same.
     """
     includes = [f'#include "{header}"' for header in STORAGE_SOURCES]
-    facts = [f"extern const int bytes_of_{k} = shared_bytes<{s}>();" for k, s in STORAGE.items()]
+    structs = sorted({s.format(BLOCK_N=width) for s in STORAGE.values() for width in _WIDTHS})
+    facts = [f"extern const int bytes_of_{i} = shared_bytes<{s}>();" for i, s in enumerate(structs)]
     source = "\n".join([*includes, "using namespace ttt;", *facts])
     folders = [f"-I{csrc / name}" for name in ("emulation", "include", ".")]
     command = ["c++", "-std=c++17", "-S", "-O0", "-w", *folders, "-x", "c++", "-", "-o", "-"]
     done = subprocess.run(command, input=source, capture_output=True, text=True, check=True)
     found = re.findall(r"^bytes_of_(\w+):\s+\.long\s+(\d+)", done.stdout, re.M)
-    return {kernel: int(n) for kernel, n in found}
+    return {structs[int(i)]: int(n) for i, n in found}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -61,6 +61,11 @@ class Products:
     cluster: int = 1
     overlap: bool = False
 
+    @property
+    def version(self) -> tuple[tuple[str, int], ...]:
+        """Template arguments of its kernels."""
+        return (("BLOCK_N", self.columns),) if self.prefix else ()
+
     def tiles(self, count, height, width, depth, tail, *, reads=0, times=1, right=SIZE) -> Tiles:
         """Of `count` matrices [height, width]: `times` products over `depth`, one accumulator, then `tail`
         bytes an element, `reads` of them read. `right`: bytes of an element of the right operand."""
@@ -78,7 +83,8 @@ class Products:
 
 AMPERE = Products("", columns=128, slab=32)  # gemm_sm80.cuh
 HOPPER = Products("sm90_", columns=192, slab=64, cluster=2, overlap=True)  # sm90_pipeline.cuh
-PATHS = {SM80: AMPERE, SM90: HOPPER}
+NARROW = replace(HOPPER, columns=128)
+STATE_TOKENS = 1024  # kStateTokens: a write takes no less than one of so many tokens
 
 
 # --- scan -----------------------------------------------------------------------------------------
@@ -103,7 +109,7 @@ def forward_step(path: Products, b: Blocks, write: bool) -> Launch:
     if write:
         tiles.append(path.tiles(b.count, b.d, b.f, b.tokens, STATE, reads=FLOAT32))
     work = b.work(tiles, SIZE + STATE * write, SIZE, SIZE * (1 + write))
-    return Launch(f"{path.prefix}scan_fwd_step_kernel", work)
+    return Launch(f"{path.prefix}scan_fwd_step_kernel", work, path.version)
 
 
 def state_step(path: Products, b: Blocks, use: str, *, depth: int, preserve: bool = False) -> Launch:
@@ -111,7 +117,7 @@ def state_step(path: Products, b: Blocks, use: str, *, depth: int, preserve: boo
     moved = {"enter": STATE, "products": FLOAT32, "leave": STATE + FLOAT32 * preserve}[use]
     operands, reads = SIZE if depth else 0, FLOAT32 * (1 + (use == "leave" and preserve))
     work = b.work([path.tiles(b.count, b.d, b.f, depth, moved, reads=reads)], moved, operands, operands)
-    return Launch(f"{path.prefix}scan_bwd_state_kernel", work, (("use", USES.index(use)),))
+    return Launch(f"{path.prefix}scan_bwd_state_kernel", work, (*path.version, ("use", USES.index(use))))
 
 
 def token_step(path: Products, b: Blocks, *, reached: bool, dstep: bool) -> Launch:
@@ -122,7 +128,7 @@ def token_step(path: Products, b: Blocks, *, reached: bool, dstep: bool) -> Laun
         path.tiles(b.count, b.tokens, b.f, b.d, SIZE, times=1 + reached),
     )
     work = b.work(tiles, SIZE * (1 + reached), SIZE * (1 + reached), SIZE * (2 + reached))
-    return Launch(f"{path.prefix}scan_bwd_token_kernel", work)
+    return Launch(f"{path.prefix}scan_bwd_token_kernel", work, path.version)
 
 
 def stream(kernel: str, count: int, moved: int, of_block: int) -> Launch:
@@ -162,6 +168,21 @@ def scan_backward(
     if dstep:
         sums = ceil_div(steps[0].tokens, ROWS) * ceil_div(steps[0].d, path.columns)
         yield stream("scan_bwd_dstep_kernel", sum(b.count for b in steps), FLOAT32 * sums, 256 // 32)
+
+
+def products_of(path: int, processors: int, first: Blocks) -> Products:
+    """Of a scan whose first launch has these blocks (tile_columns in sm90_forward_step.cu)."""
+    if path == SM80:
+        return AMPERE
+    write, clusters = max(first.tokens, STATE_TOKENS), max(1, processors // HOPPER.cluster)
+
+    def cost(products: Products) -> int:
+        pairs = (products.tiles(first.count, height, width, 0, 0).count // products.cluster
+                 for height, width in ((first.tokens, first.d), (first.d, first.f)))  # fmt: skip
+        total = next(pairs) * first.f + next(pairs) * write
+        return max(first.f, ceil_div(total, clusters * write) * write) * products.columns
+
+    return NARROW if 6 * cost(NARROW) < 5 * cost(HOPPER) else HOPPER
 
 
 # --- decode ---------------------------------------------------------------------------------------
@@ -222,7 +243,7 @@ class Extension:
 
     def scan_forward(self, *, path, offsets, chunk, tokens, d, f, write_last, **_) -> None:
         steps = _blocks(offsets, chunk, tokens, d, f)
-        self.launches += scan_forward(PATHS[path], steps, chunk, write_last)
+        self.launches += scan_forward(products_of(path, self.processors, steps[0]), steps, chunk, write_last)
 
     def scan_backward_workspace(self, *, offsets, chunk, tokens, d, f, **options) -> int:
         count, block, taken = offsets[1], min(chunk, tokens), []
@@ -231,13 +252,13 @@ class Extension:
             taken += [FLOAT32 * count * d * n for n in (parts, parts, 1, 1)]
             taken += [SIZE * min(count * block, tokens) * d]
         if options["step_size"] is not None:
-            columns = PATHS[options["path"]].columns
-            taken += [FLOAT32 * offsets[-1] * ceil_div(block, ROWS) * ceil_div(d, columns)]
+            taken += [FLOAT32 * offsets[-1] * ceil_div(block, ROWS) * ceil_div(d, ROWS)]
         return sum(ceil_div(n, 256) * 256 for n in taken)
 
     def scan_backward(self, *, path, offsets, chunk, tokens, d, f, dstep, **options) -> None:
         steps = _blocks(offsets, chunk, tokens, d, f)
-        self.launches += scan_backward(PATHS[path], steps, chunk, dstep is not None, **options)
+        path = products_of(path, self.processors, steps[0])
+        self.launches += scan_backward(path, steps, chunk, dstep is not None, **options)
 
     def step_apply_workspace(self, *, batch, tokens, d, f, **_) -> int:
         splits = apply_splits(self.processors, Blocks(batch, tokens, d, f))

@@ -22,12 +22,12 @@ class Code:
     loops: list[tuple[int, int]]
 
     def multiplying_loops(self) -> list[list[str]]:
-        """The innermost loops that hold matrix instructions."""
-        bodies = [(a, b) for a, b in self.loops if any("MMA" in op for op in self.opcodes[a : b + 1])]
-        inner = [
-            (a, b) for a, b in bodies if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in bodies)
-        ]
-        return [self.opcodes[a : b + 1] for a, b in inner]
+        """The innermost loops that hold matrix instructions: of each the shortest stretch that it lies in. (A
+        branch back from code that was moved out of a loop goes over a long one.)"""
+        products = [i for i, op in enumerate(self.opcodes) if "MMA" in op]
+        around = [[(a, b) for a, b in self.loops if a <= i <= b] for i in products]
+        inner = {min(loops, key=lambda loop: loop[1] - loop[0]) for loops in around if loops}
+        return [self.opcodes[a : b + 1] for a, b in sorted(inner)]
 
 
 def parse_code(text: str) -> Code:

@@ -77,6 +77,8 @@ struct ScanBackward {
 
 // Partial square row norms of float32 weights [sequences, D, F], the sums that the scan itself makes.
 Status scan_norms(const ScanCall& call, const float* weight, float* norms);
+// Columns of the tiles with which a scan's products are cut on its path: it is a matter of speed alone.
+int scan_tile_columns(const ScanCall& call);
 Status scan_forward(const ScanForward& parameters);
 std::int64_t scan_backward_workspace(const ScanBackward& parameters);
 Status scan_backward(const ScanBackward& parameters);

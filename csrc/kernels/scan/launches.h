@@ -7,11 +7,13 @@
 
 #include <cuda_runtime.h>
 
+#include "ttt/primitives/numeric.cuh"
 #include "ttt/scan.h"
 
 namespace ttt::scan {
 
-constexpr int kTileTokens = 128;  // of every tile of tokens
+constexpr int kTileTokens = 128;    // of every tile of tokens
+constexpr int kLeastColumns = 128;  // of any tile
 
 struct Device {
   Operand operand;  // type of everything that is a void*
@@ -26,6 +28,12 @@ struct Shape {
   std::int64_t tokens;     // rows of z, v, dy
   std::int64_t sequences;  // planes of the states [sequences, D, F]
   std::int64_t d, f;
+  int tile_columns;  // the path's own choice, one for all launches of a call
+
+  // Of a block, [t, d].
+  __host__ __device__ std::int64_t value_tiles() const {
+    return ceil_div(block_tokens, std::int64_t{kTileTokens}) * ceil_div(d, std::int64_t{tile_columns});
+  }
 };
 
 // Row-major operands, rows `stride` elements apart; base and stride are multiples of 16 bytes.
@@ -112,14 +120,14 @@ struct TokenStep {
 };
 
 namespace sm80 {
-constexpr int kValueColumns = 128;  // of a value tile
+int tile_columns(const Shape& shape, const Device& device);
 cudaError_t forward_step(const ForwardStep& step, const Device& device);
 cudaError_t state_step(const StateStep& step, const Device& device);
 cudaError_t token_step(const TokenStep& step, const Device& device);
 }  // namespace sm80
 
 namespace sm90 {
-constexpr int kValueColumns = 192;
+int tile_columns(const Shape& shape, const Device& device);
 cudaError_t forward_step(const ForwardStep& step, const Device& device);
 cudaError_t state_step(const StateStep& step, const Device& device);
 cudaError_t token_step(const TokenStep& step, const Device& device);

@@ -20,10 +20,11 @@ inline Device device_of(const ScanCall& call) {
 inline std::int64_t block_tokens(const ScanCall& call) { return std::min(call.chunk, call.tokens); }
 
 // Of the blocks of launches [first, last).
-inline Shape shape_of(const ScanCall& call, std::int64_t first, std::int64_t last) {
+inline Shape shape_of(const ScanCall& call, std::int64_t first, std::int64_t last, int tile_columns) {
   const std::int64_t start = call.offsets[first];
   const std::int64_t count = call.offsets[last] - start;
-  return {call.blocks + start, count, block_tokens(call), call.tokens, call.sequences, call.d, call.f};
+  return {call.blocks + start, count,  block_tokens(call), call.tokens, call.sequences,
+          call.d,              call.f, tile_columns};
 }
 
 inline RoundStates states_of(const ScanCall& call, const void* source) {
@@ -62,7 +63,7 @@ inline Status check(const ScanCall& call) {
 
 // The launchers of a path.
 struct Launchers {
-  int value_columns;
+  decltype(&sm80::tile_columns) tile_columns;
   decltype(&sm80::forward_step) forward_step;
   decltype(&sm80::state_step) state_step;
   decltype(&sm80::token_step) token_step;
@@ -70,9 +71,14 @@ struct Launchers {
 
 inline Launchers launchers_of([[maybe_unused]] Path path) {
 #ifdef TTT_WITH_SM90
-  if (path == Path::kSm90) return {sm90::kValueColumns, sm90::forward_step, sm90::state_step, sm90::token_step};
+  if (path == Path::kSm90) return {sm90::tile_columns, sm90::forward_step, sm90::state_step, sm90::token_step};
 #endif
-  return {sm80::kValueColumns, sm80::forward_step, sm80::state_step, sm80::token_step};
+  return {sm80::tile_columns, sm80::forward_step, sm80::state_step, sm80::token_step};
+}
+
+// For all launches of a call: as the first would have it, which covers a block of every sequence.
+inline int tile_columns(const ScanCall& call, const Device& device) {
+  return call.launches == 0 ? 0 : launchers_of(call.path).tile_columns(shape_of(call, 0, 1, 0), device);
 }
 
 }  // namespace ttt::scan

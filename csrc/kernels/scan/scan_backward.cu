@@ -27,10 +27,6 @@ struct Workspace {
   std::int64_t bytes;
 };
 
-std::int64_t dstep_tiles(const ScanCall& call) {
-  return ceil_div(block_tokens(call), kTileTokens) * ceil_div(call.d, launchers_of(call.path).value_columns);
-}
-
 Workspace cut_workspace(const ScanBackward& p) {
   const ScanCall& call = p.call;
   Workspace work = {};
@@ -41,7 +37,8 @@ Workspace cut_workspace(const ScanBackward& p) {
                                     static_cast<std::uintptr_t>(at));
   };
   if (call.preserve_row_norm) {
-    const std::int64_t widest = call.launches > 0 ? shape_of(call, 0, 1).count : 0;  // later ones lack some
+    // Later launches lack some blocks.
+    const std::int64_t widest = call.launches > 0 ? shape_of(call, 0, 1, kLeastColumns).count : 0;
     work.norms = take(4 * call.sequences * norm_parts(call) * call.d);
     work.products = take(4 * call.sequences * norm_parts(call) * call.d);
     work.ratio = take(4 * call.sequences * call.d);
@@ -49,7 +46,10 @@ Workspace cut_workspace(const ScanBackward& p) {
     work.scaled_is_local = widest * block_tokens(call) < call.tokens;
     work.scaled = take(2 * std::min(widest * block_tokens(call), call.tokens) * call.d);
   }
-  if (call.step_size) work.dstep_parts = take(4 * call.offsets[call.launches] * dstep_tiles(call));
+  if (call.step_size && call.launches > 0) {
+    const Shape all = shape_of(call, 0, call.launches, kLeastColumns);
+    work.dstep_parts = take(4 * all.count * all.value_tiles());
+  }
   return work;
 }
 
@@ -60,6 +60,7 @@ class Backward {
         call_(p.call),
         device_(device),
         launchers_(launchers_of(p.call.path)),
+        tile_columns_(tile_columns(p.call, device)),
         work_(cut_workspace(p)) {}
 
   cudaError_t run() {
@@ -72,15 +73,15 @@ class Backward {
       keep(round_states(states, device_));
     }
     for (std::int64_t n = call_.launches - 1; n >= 0 && error_ == cudaSuccess; --n) {
-      shape_ = shape_of(call_, n, n + 1);
+      shape_ = shape_of(call_, n, n + 1, tile_columns_);
       enter(n);
       if (call_.preserve_row_norm) scale_dy();
       token(n);
       leave();
     }
     if (p_.dstep) {
-      const Shape all = shape_of(call_, 0, call_.launches);
-      keep(sum_steps({all, p_.has_dstate, launchers_.value_columns, work_.dstep_parts, p_.dstep}, device_));
+      const Shape all = shape_of(call_, 0, call_.launches, tile_columns_);
+      keep(sum_steps({all, p_.has_dstate, work_.dstep_parts, p_.dstep}, device_));
     }
     return error_;
   }
@@ -143,7 +144,7 @@ class Backward {
     step.has_dstate = p_.has_dstate;
     step.dz = p_.dz;
     step.dv = p_.dv;
-    if (p_.dstep) step.dstep_parts = work_.dstep_parts + call_.offsets[n] * dstep_tiles(call_);
+    if (p_.dstep) step.dstep_parts = work_.dstep_parts + call_.offsets[n] * shape_.value_tiles();
     keep(launchers_.token_step(step, device_));
   }
 
@@ -160,6 +161,7 @@ class Backward {
   const ScanCall& call_;
   const Device device_;
   const Launchers launchers_;
+  const int tile_columns_;
   const Workspace work_;
   Shape shape_ = {};
   cudaError_t error_ = cudaSuccess;

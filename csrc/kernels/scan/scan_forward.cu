@@ -22,8 +22,9 @@ cudaError_t run_forward(const ScanForward& p, const Device& device) {
   start.shadow = p.shadows[0];
   if (preserve) start.norms = p.norms[0];
   cudaError_t error = round_states(start, device);
+  const int columns = tile_columns(call, device);
   for (std::int64_t n = 0; n < call.launches && error == cudaSuccess; ++n) {
-    step.shape = shape_of(call, n, n + 1);
+    step.shape = shape_of(call, n, n + 1, columns);
     step.shadow = p.shadows[n % 2];
     step.next_shadow = p.shadows[(n + 1) % 2];
     step.norms = preserve ? p.norms[n % 2] : nullptr;
@@ -43,6 +44,8 @@ Status scan_norms(const ScanCall& call, const float* weight, float* norms) {
   states.norms = norms;
   return status_of(scan::round_states(states, scan::device_of(call)));
 }
+
+int scan_tile_columns(const ScanCall& call) { return scan::tile_columns(call, scan::device_of(call)); }
 
 Status scan_forward(const ScanForward& parameters) {
   const ScanCall& call = parameters.call;

@@ -16,7 +16,7 @@ constexpr int kTile = gemm::kTileM;    // rows and columns of every tile, and th
 constexpr int kBlockT = kTileTokens;
 constexpr int kBlockD = kTile;         // rows of the state
 constexpr int kBlockF = kTile;         // columns of it and of dZ
-static_assert(gemm::kTileN == kTile && kThreads == kTile && kTileTokens == kTile && kValueColumns == kTile);
+static_assert(gemm::kTileN == kTile && kThreads == kTile && kTileTokens == kTile);
 
 template <class T>
 struct Storage {

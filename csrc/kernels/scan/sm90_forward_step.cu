@@ -1,14 +1,14 @@
 // Forward on Hopper, one block of every sequence in one launch: the tiles of scan_fwd_step_kernel
 // (forward_step.cu) on the pipeline of sm90_pipeline.cuh.
 //
-//   apply [t, d]  128 tokens x 192 rows of W, K = F: z and the shadow both along K
-//   write [d, f]  128 x 192 of W, K = tokens: rows of v and z both are K
+//   apply [t, d]  128 tokens x kN rows of W, K = F: z and the shadow both along K
+//   write [d, f]  128 x kN of W, K = tokens: rows of v and z both are K
 //
 // While a tile is multiplied the assistants sum the norms of the columns of an apply tile, or bring the state
 // of a write tile into L2.
 //
-// Cost of a write tile of C tokens: 12 C cycles of wgmma, and 240 KB of state, which at 64 B a cycle to and
-// from L2 take 4 thousand cycles, while another tile is multiplied.
+// Cost of a write tile of C tokens, kN = 192: 12 C cycles of wgmma, and 240 KB of state, which at 64 B a cycle
+// to and from L2 take 4 thousand cycles, while another tile is multiplied.
 #include "sm90_tiles.cuh"
 
 namespace ttt::scan::sm90 {
@@ -20,8 +20,9 @@ struct ForwardArguments {
   Schedule schedule;
 };
 
-template <class T>
+template <class T, int kN>
 struct ForwardTiles {
+  static constexpr int kTileN = kN;
   const ForwardArguments& arguments;
 
   struct Tile {
@@ -37,63 +38,64 @@ struct ForwardTiles {
     const Shape& shape = step.shape;
     const int applies = arguments.schedule.longs;
     const bool is_apply = index < applies;
-    const TilePlace place = is_apply ? tile_place(index, shape.block_tokens, shape.d)
-                                     : tile_place(index - applies, shape.d, shape.f);
+    const TilePlace place = is_apply ? tile_place<kN>(index, shape.block_tokens, shape.d)
+                                     : tile_place<kN>(index - applies, shape.d, shape.f);
     const ScanBlock block = shape.blocks[place.block];
     const bool is_empty = is_apply ? place.pair_row >= block.tokens : !is_written(block, step.write_last);
     return {is_apply, is_empty, place, block};
   }
 
-  __device__ __forceinline__ void load(Producer& producer, int index) const {
+  __device__ __forceinline__ void load(Producer<kN>& producer, int index) const {
     const auto [is_apply, is_empty, place, block] = tile(index);
     if (is_empty) return;
     if (is_apply) {
-      producer.load<Major::kK, Major::kK>({arguments.z, block.first + place.row, 0, 0},
+      producer.template load<Major::kK, Major::kK>({arguments.z, block.first + place.row, 0, 0},
                                           {arguments.shadow, place.column, 0, block.sequence},
                                           arguments.step.shape.f);
     } else {
-      producer.load<Major::kMN, Major::kMN>({arguments.v, place.row, block.first, 0},
+      producer.template load<Major::kMN, Major::kMN>({arguments.v, place.row, block.first, 0},
                                             {arguments.z, place.column, block.first, 0}, block.written);
     }
   }
 
-  __device__ __forceinline__ void assist(Storage& storage, int index, int group, int assistant) const {
+  __device__ __forceinline__ void assist(Storage<kN>& storage, int index, int group, int assistant) const {
     const auto [is_apply, is_empty, place, block] = tile(index);
     const ForwardStep& step = arguments.step;
     if (is_empty) return;
     if (!is_apply) {
-      prefetch_tile(step.state, step.shape, block.sequence, place, assistant);
+      prefetch_tile<kN>(step.state, step.shape, block.sequence, place, assistant);
       named_barrier(kReady + group, kGroup + kAssistants);  // not further ahead than the next tile
       return;
     }
-    static_assert(kTileN == 2 * kAssistants);
+    static_assert(kAssistants < kN && kN <= 2 * kAssistants);
+    const int other = kAssistants + assistant;
     const float first = column_ratio(step, block.sequence, place.column + assistant);
-    const float second = column_ratio(step, block.sequence, place.column + kAssistants + assistant);
+    const float second = other < kN ? column_ratio(step, block.sequence, place.column + other) : 1.0f;
     named_barrier(kReady + group, kGroup + kAssistants);  // those of its last tile are read
     storage.columns[group][assistant] = first;
-    storage.columns[group][kAssistants + assistant] = second;
+    if (other < kN) storage.columns[group][other] = second;
     named_barrier(kReady + group, kGroup + kAssistants);
   }
 
-  __device__ __forceinline__ void consume(Consumer& consumer, int index) const {
+  __device__ __forceinline__ void consume(Consumer<kN>& consumer, int index) const {
     const auto [is_apply, is_empty, place, block] = tile(index);
     const ForwardStep& step = arguments.step;
     if (is_empty) return consumer.skip_turn();
-    Sums c = {};
+    Sums<kN> c = {};
     consumer.take_turn();
     if (is_apply) {
-      consumer.multiply_last<T, Major::kK, Major::kK>(c, step.shape.f);
+      consumer.template multiply_last<T, Major::kK, Major::kK>(c, step.shape.f);
       return store_outputs(c, consumer, place, block);
     }
-    consumer.multiply_last<T, Major::kMN, Major::kMN>(c, block.written);
+    consumer.template multiply_last<T, Major::kMN, Major::kMN>(c, block.written);
     named_barrier(kReady + consumer.group, kGroup + kAssistants);
     const StateTile state(step.shape, block.sequence, place, consumer);
     store_state<T>(c, consumer, state, step_of(step.steps, block), step.state, step.state,
                    arguments.next_shadow, step.next_norms);
   }
 
-  __device__ __forceinline__ void store_outputs(const Sums& c, Consumer& consumer, const TilePlace& place,
-                                                const ScanBlock& block) const {
+  __device__ __forceinline__ void store_outputs(const Sums<kN>& c, Consumer<kN>& consumer,
+                                                const TilePlace& place, const ScanBlock& block) const {
     const ForwardStep& step = arguments.step;
     const std::int64_t row = block.first + place.row;
     T* const at = static_cast<T*>(step.y) + row * step.y_stride + place.column;
@@ -123,13 +125,34 @@ struct ForwardTiles {
   }
 };
 
-template <class T>
+template <class T, int kN>
 __global__ void __launch_bounds__(kThreads, 1)
     sm90_scan_fwd_step_kernel(const __grid_constant__ ForwardArguments arguments) {
-  run(ForwardTiles<T>{arguments});
+  run(ForwardTiles<T, kN>{arguments});
+}
+
+template <int kN>
+cudaError_t launch_columns(const ForwardArguments& arguments, const Device& device) {
+  return launch_tiles<kN>(device, arguments.schedule, sm90_scan_fwd_step_kernel<bfloat16, kN>,
+                          sm90_scan_fwd_step_kernel<float16, kN>, arguments);
 }
 
 }  // namespace
+
+// With which the forward ends first, if every cluster gets whole writing tiles. Tiles of 128 take a quarter more
+// from L2 for each product, which counts as a fifth of the time.
+int tile_columns(const Shape& shape, const Device& device) {
+  const std::int64_t write = std::max<std::int64_t>(shape.block_tokens, kStateTokens);
+  const std::int64_t clusters = std::max(1, device.multiprocessors / kCluster);
+  const auto cost = [&](int columns) {
+    Shape tiles = shape;
+    tiles.tile_columns = columns;
+    const std::int64_t reads = count_tiles(tiles, shape.block_tokens, shape.d);
+    const std::int64_t total = reads * shape.f + count_tiles(tiles, shape.d, shape.f) * write;
+    return std::max(shape.f, ceil_div(total, clusters * write) * write) * columns;
+  };
+  return 6 * cost(128) < 5 * cost(192) ? 128 : 192;
+}
 
 cudaError_t forward_step(const ForwardStep& step, const Device& device) {
   const Shape& shape = step.shape;
@@ -148,8 +171,8 @@ cudaError_t forward_step(const ForwardStep& step, const Device& device) {
     schedule.worth = static_cast<int>(shape.f / std::max<std::int64_t>(shape.block_tokens, kStateTokens));
   }
   if (maps.error != cudaSuccess) return maps.error;
-  return launch_tiles(device, schedule, sm90_scan_fwd_step_kernel<bfloat16>,
-                      sm90_scan_fwd_step_kernel<float16>, arguments);
+  return shape.tile_columns == 128 ? launch_columns<128>(arguments, device)
+                                   : launch_columns<192>(arguments, device);
 }
 
 }  // namespace ttt::scan::sm90

@@ -7,8 +7,8 @@
 //     producer   one thread asks TMA for stage after stage: 2 boxes of A, 3 of B (hopper.cuh), 40 KB for
 //                64 steps of K. The boxes of B it shares with its neighbour: each is loaded by one of the two,
 //                into both. It is up to 4 stages ahead. Its warpgroup gives registers away.
-//     consumers  two warpgroups, each with tiles of its own, 128 x 192: 192 accumulators a thread. One
-//                multiplies (a stage is 8 wgmma of 64 x 192 x 16) while the other reads and writes what the
+//     consumers  two warpgroups, each with tiles of its own, 128 x kN: kN accumulators a thread. One
+//                multiplies (a stage is 8 wgmma of 64 x kN x 16) while the other reads and writes what the
 //                end of its tile needs; then they change places. So tensor cores never wait for the end of a
 //                tile, as long as that takes less time than a product.
 //     assistants the producer's other three warps prepare what the end of a tile reads (Problem::assist):
@@ -22,7 +22,8 @@
 // 40 KB for 3.1 MFLOP. L2 gives 28 of them, 110 FLOPs a byte; alone a block would take 40, 77 a byte, and of
 // the 64 bytes a cycle of its port 53 with a tensor core at full rate, before the state is read. A wgmma reads
 // 2 + 6 KB of shared memory in its 96 cycles, 85 a cycle of 128, and what is loaded is written at 53: together
-// as much as there is at 93% of the full rate.
+// as much as there is at 93% of the full rate. Where such tiles are few, kN = 128 leaves fewer multiprocessors
+// idle (tile_columns), at 88 FLOPs a byte.
 //
 // Every operand moves in 64 x 64 boxes and one tensor map serves it both ways: as rows along K (kK), or with
 // rows that are K (kMN). K over tokens ends where the block ends: what TMA loads beyond belongs to others
@@ -38,10 +39,8 @@ namespace ttt::scan::sm90 {
 using namespace ttt::sm90;  // the primitives
 
 constexpr int kTileM = 128;
-constexpr int kTileN = 192;
 constexpr int kCluster = 2;
 constexpr int kPairM = kCluster * kTileM;
-constexpr int kStages = 4;
 constexpr int kGroup = 128;  // threads of a warpgroup
 constexpr int kConsumers = 2;
 constexpr int kThreads = (1 + kConsumers) * kGroup;
@@ -49,36 +48,40 @@ constexpr int kWarp = 32;
 constexpr int kWarps = kGroup / kWarp;
 constexpr int kAssistants = kGroup - kWarp;
 constexpr int kHalves = kTileM / kBox;  // of a tile's rows, a wgmma each
-constexpr int kSums = kTileN / 2;       // accumulators of a thread in one of them
-using Sums = float[kHalves][kSums];
+template <int kN>
+using Sums = float[kHalves][kN / 2];  // accumulators of a thread
 
 enum NamedBarrier : int { kReady = 1, kStaging = kReady + kConsumers };  // + consumer
 
+template <int kN>
 struct alignas(kSharedAlignment) Stage {
   unsigned char a[kTileM / kBox][kBoxBytes];
-  unsigned char b[kTileN / kBox][kBoxBytes];
+  unsigned char b[kN / kBox][kBoxBytes];
 };
+template <int kN>
+constexpr int kStages = kN == 192 ? 4 : 6;
 
 // Which stage is next; phases alternate with each round.
 struct Cursor {
   int stage = 0;
   std::uint32_t phase = 0;
 
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
+  __device__ __forceinline__ void advance(int stages) {
+    if (++stage == stages) stage = 0, phase ^= 1;
   }
 };
 
+template <int kN>
 struct Storage {
-  Stage stages[kStages];
+  Stage<kN> stages[kStages<kN>];
   alignas(kSharedAlignment) unsigned char staging[kConsumers][2][kBoxBytes];  // for TMA stores
-  float columns[kConsumers][kTileN];                                          // what the assistants leave
+  float columns[kConsumers][kN];                                              // what the assistants leave
   float sums[kConsumers][kWarps];
-  Barrier full[kStages], empty[kStages];
+  Barrier full[kStages<kN>], empty[kStages<kN>];
   Barrier turns[kConsumers];
   Cursor cursors[kConsumers];  // where each goes on when its turn comes
 };
-static_assert(shared_bytes<Storage>() <= 232448);
+static_assert(shared_bytes<Storage<192>>() <= 232448 && shared_bytes<Storage<128>>() <= 232448);
 
 // An operand of a tile: its first row of M (or N), its first step of K.
 struct Source {
@@ -101,22 +104,23 @@ __device__ __forceinline__ void load_boxes(unsigned char (&boxes)[kBoxes][kBoxBy
 }
 
 // One thread that loads.
+template <int kN>
 struct Producer {
-  Storage& storage;
+  Storage<kN>& storage;
   Cursor at;
 
   template <Major kA, Major kB>
   __device__ __forceinline__ void load(const Source& a, const Source& b, std::int64_t depth) {
     const int steps = static_cast<int>(ceil_div(depth, kBox));
     const int rank = cluster_rank();
-    for (int step = 0; step < steps; ++step, at.advance()) {
+    for (int step = 0; step < steps; ++step, at.advance(kStages<kN>)) {
       Barrier* const full = &storage.full[at.stage];
       barrier_wait(&storage.empty[at.stage], at.phase ^ 1);  // in both blocks
-      barrier_arrive_expect(full, sizeof(Stage));
+      barrier_arrive_expect(full, sizeof(Stage<kN>));
       load_boxes<kA>(storage.stages[at.stage].a, a, step, 0, 1, [&](void* box, int column, int row, int plane) {
         load_box(box, a.map, column, row, plane, full);
       });
-      // Every other box, and in the next step those between: of three each loads as many.
+      // Every other box, and in the next step those between: of three, too, each loads as many.
       load_boxes<kB>(storage.stages[at.stage].b, b, step, (rank + step) % kCluster, kCluster,
                      [&](void* box, int column, int row, int plane) {
                        load_box_multicast(box, b.map, column, row, plane, full, (1 << kCluster) - 1);
@@ -127,8 +131,9 @@ struct Producer {
 
 // One of the threads that multiply. Every tile takes one turn, also an empty one: take_turn, multiply as
 // often as there are products before the last, multiply_last.
+template <int kN>
 struct Consumer {
-  Storage& storage;
+  Storage<kN>& storage;
   int group, thread;         // which consumer, and which thread of it
   std::uint32_t turn_phase;  // that it waits for; the first turn is the first consumer's
   Cursor at = {};
@@ -164,13 +169,13 @@ struct Consumer {
   // c += A B over `depth` steps of K, in the order in which the producer loads. What lies beyond the depth in
   // the last stage is zero in one operand or in both, or is cleared where K runs along rows of both.
   template <class T, Major kA, Major kB>
-  __device__ __forceinline__ void multiply(Sums& c, std::int64_t depth) {
+  __device__ __forceinline__ void multiply(Sums<kN>& c, std::int64_t depth) {
     begin<T, kA, kB>(c, depth);
     finish(c);
   }
 
   template <class T, Major kA, Major kB>
-  __device__ __forceinline__ void multiply_last(Sums& c, std::int64_t depth) {
+  __device__ __forceinline__ void multiply_last(Sums<kN>& c, std::int64_t depth) {
     begin<T, kA, kB>(c, depth);
     pass_turn();
     finish(c);
@@ -178,11 +183,11 @@ struct Consumer {
   }
 
   template <class T, Major kA, Major kB>
-  __device__ __forceinline__ void begin(Sums& c, std::int64_t depth) {
+  __device__ __forceinline__ void begin(Sums<kN>& c, std::int64_t depth) {
     const int steps = static_cast<int>(ceil_div(depth, kBox));
     pin(c);
     for (int step = 0; step < steps; ++step) {
-      Stage& stage = storage.stages[at.stage];
+      Stage<kN>& stage = storage.stages[at.stage];
       barrier_wait(&storage.full[at.stage], at.phase);
       if constexpr (kA == Major::kMN) {
         if (step == steps - 1) clear_rows(stage, static_cast<int>(depth) - step * kBox);
@@ -192,8 +197,8 @@ struct Consumer {
       for (int k = 0; k < kBox / 16; ++k) {
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
-          multiply_add<T, kTileN, kA, kB>(c[half], box_descriptor<kA>(stage.a[half], k),
-                                          box_descriptor<kB>(stage.b[0], k));
+          multiply_add<T, kN, kA, kB>(c[half], box_descriptor<kA>(stage.a[half], k),
+                                      box_descriptor<kB>(stage.b[0], k));
         }
       }
       commit_products();
@@ -202,11 +207,11 @@ struct Consumer {
         release();
       }
       held = at.stage;
-      at.advance();
+      at.advance(kStages<kN>);
     }
   }
 
-  __device__ __forceinline__ void finish(Sums& c) {
+  __device__ __forceinline__ void finish(Sums<kN>& c) {
     wait_products<0>();
     pin(c);
     if (held >= 0) release();
@@ -217,18 +222,18 @@ struct Consumer {
     if (lane() < kCluster) barrier_arrive_cluster(&storage.empty[held], lane());
   }
 
-  static __device__ __forceinline__ void pin(Sums& c) {
+  static __device__ __forceinline__ void pin(Sums<kN>& c) {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) pin_registers(c[half]);
   }
 
   // Rows of the stage's boxes from `first` on. Swizzling moves nothing from row to row.
-  __device__ __forceinline__ void clear_rows(Stage& stage, int first) {
+  __device__ __forceinline__ void clear_rows(Stage<kN>& stage, int first) {
     constexpr int kPieces = kBox * 2 / 16;  // of 16 bytes in a row
     if (first == kBox) return;
     const int count = (kBox - first) * kPieces;
 #pragma unroll 1
-    for (int i = 0; i < static_cast<int>(sizeof(Stage)) / kBoxBytes; ++i) {
+    for (int i = 0; i < static_cast<int>(sizeof(Stage<kN>)) / kBoxBytes; ++i) {
       auto* const rows = reinterpret_cast<Vector<float, 4>*>(stage.a[0] + i * kBoxBytes) + first * kPieces;
       for (int j = thread; j < count; j += kGroup) rows[j] = {};
     }
@@ -243,7 +248,7 @@ struct Schedule {
   int longs, shorts;
   int worth;  // short ones that cost what a long one does
 
-  __device__ __forceinline__ int tiles() const { return longs + shorts; }
+  __host__ __device__ __forceinline__ int tiles() const { return longs + shorts; }
 
   // The turn-th pair of this cluster, or tiles().
   __device__ __forceinline__ int tile(int turn) const {
@@ -263,14 +268,15 @@ struct Schedule {
   }
 };
 
-// The three roles. A Problem has schedule(), load(producer, tile), consume(consumer, tile) and
+// The three roles. A Problem has kTileN, schedule(), load(producer, tile), consume(consumer, tile) and
 // assist(storage, tile, consumer's group, index of the assistant), which all tell alike whether there is
 // anything to do.
 template <class Problem>
 __device__ __forceinline__ void run(const Problem& problem) {
-  Storage& storage = shared_storage<Storage>();
+  constexpr int kN = Problem::kTileN;
+  auto& storage = shared_storage<Storage<kN>>();
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
+    for (int i = 0; i < kStages<kN>; ++i) {
       barrier_init(&storage.full[i], 1);
       barrier_init(&storage.empty[i], kCluster * kWarps);
     }
@@ -284,7 +290,7 @@ __device__ __forceinline__ void run(const Problem& problem) {
   if (threadIdx.x < kGroup) {
     release_registers<40>();
     if (threadIdx.x == 0) {
-      Producer producer{storage, {}};
+      Producer<kN> producer{storage, {}};
       for (int turn = 0, tile; (tile = schedule.tile(turn)) < total; ++turn) problem.load(producer, tile);
     } else if (threadIdx.x >= kWarp) {
       const int assistant = static_cast<int>(threadIdx.x) - kWarp;
@@ -295,7 +301,7 @@ __device__ __forceinline__ void run(const Problem& problem) {
   } else {
     acquire_registers<232>();
     const int thread = static_cast<int>(threadIdx.x) - kGroup, group = thread / kGroup;
-    Consumer consumer{storage, group, thread % kGroup, group == 0 ? 1u : 0u};
+    Consumer<kN> consumer{storage, group, thread % kGroup, group == 0 ? 1u : 0u};
     for (int turn = group, tile; (tile = schedule.tile(turn)) < total; turn += kConsumers) {
       forget(consumer.thread);  // registers are for accumulators
       problem.consume(consumer, tile);

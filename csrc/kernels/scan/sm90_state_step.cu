@@ -1,9 +1,9 @@
-// Backward on Hopper, tiles [d, f] of the state (StateUse, as state_step.cu): 128 x 192 of A^T Z, K = tokens,
+// Backward on Hopper, tiles [d, f] of the state (StateUse, as state_step.cu): 128 x kN of A^T Z, K = tokens,
 // on the pipeline of sm90_pipeline.cuh. What the end of a tile reads is brought into L2 by the assistants
 // while it is multiplied.
 //
-// Cost of a tile over C tokens: 12 C cycles of wgmma, while the end of another takes, at 64 B a cycle to and
-// from L2, 4 thousand (enter), 1.5 (products), 4 or with c 5.5 (leave).
+// Cost of a tile over C tokens, kN = 192: 12 C cycles of wgmma, while the end of another takes, at 64 B a cycle
+// to and from L2, 4 thousand (enter), 1.5 (products), 4 or with c 5.5 (leave).
 #include "sm90_tiles.cuh"
 
 namespace ttt::scan::sm90 {
@@ -15,8 +15,9 @@ struct StateArguments {
   Schedule schedule;
 };
 
-template <class T, StateUse kUse>
+template <class T, int kN, StateUse kUse>
 struct StateTiles {
+  static constexpr int kTileN = kN;
   const StateArguments& arguments;
 
   struct Tile {
@@ -30,24 +31,24 @@ struct StateTiles {
 
   __device__ __forceinline__ Tile tile(int index) const {
     const StateStep& step = arguments.step;
-    const TilePlace place = tile_place(index, step.shape.d, step.shape.f);
+    const TilePlace place = tile_place<kN>(index, step.shape.d, step.shape.f);
     const ScanBlock block = step.shape.blocks[place.block];
     if constexpr (kUse != StateUse::kEnter) return {place, block, block.tokens, nullptr};
     const std::int64_t tokens = is_written(block, step.carried_is_final) ? block.written : 0;
     return {place, block, tokens, block.last ? step.carried : step.weight};
   }
 
-  __device__ __forceinline__ void load(Producer& producer, int index) const {
+  __device__ __forceinline__ void load(Producer<kN>& producer, int index) const {
     const auto [place, block, tokens, base] = tile(index);
-    producer.load<Major::kMN, Major::kMN>({arguments.a, place.row, block.first, 0},
+    producer.template load<Major::kMN, Major::kMN>({arguments.a, place.row, block.first, 0},
                                           {arguments.z, place.column, block.first, 0}, tokens);
   }
 
-  __device__ __forceinline__ void assist(Storage&, int index, int group, int assistant) const {
+  __device__ __forceinline__ void assist(Storage<kN>&, int index, int group, int assistant) const {
     const auto [place, block, tokens, base] = tile(index);
     const StateStep& step = arguments.step;
     const auto prefetch = [&, sequence = block.sequence, at = place](const float* state) {
-      prefetch_tile(state, step.shape, sequence, at, assistant);
+      prefetch_tile<kN>(state, step.shape, sequence, at, assistant);
     };
     if (kUse == StateUse::kEnter) prefetch(base);
     if (kUse == StateUse::kLeave) prefetch(step.grad);
@@ -55,13 +56,13 @@ struct StateTiles {
     named_barrier(kReady + group, kGroup + kAssistants);  // not further ahead than the next tile
   }
 
-  __device__ __forceinline__ void consume(Consumer& consumer, int index) const {
+  __device__ __forceinline__ void consume(Consumer<kN>& consumer, int index) const {
     const auto [place, block, tokens, base] = tile(index);
     const StateStep& step = arguments.step;
     const StateTile state(step.shape, block.sequence, place, consumer);
-    Sums c = {};
+    Sums<kN> c = {};
     consumer.take_turn();
-    consumer.multiply_last<T, Major::kMN, Major::kMN>(c, tokens);
+    consumer.template multiply_last<T, Major::kMN, Major::kMN>(c, tokens);
     named_barrier(kReady + consumer.group, kGroup + kAssistants);
     if constexpr (kUse == StateUse::kEnter) {
       const float scale = tokens > 0 ? -step_of(step.steps, block) : 0.0f;
@@ -71,7 +72,7 @@ struct StateTiles {
     if constexpr (kUse == StateUse::kLeave) leave(c, consumer, state);
   }
 
-  __device__ __forceinline__ void sum_products(const Sums& c, const Consumer& consumer,
+  __device__ __forceinline__ void sum_products(const Sums<kN>& c, const Consumer<kN>& consumer,
                                                const StateTile& state) const {
     for_each_part(c, [&](const Part& part) {
       float sum = 0.0f;
@@ -84,7 +85,8 @@ struct StateTiles {
     });
   }
 
-  __device__ __forceinline__ void leave(const Sums& c, Consumer& consumer, const StateTile& state) const {
+  __device__ __forceinline__ void leave(const Sums<kN>& c, Consumer<kN>& consumer,
+                                        const StateTile& state) const {
     const StateStep& step = arguments.step;
     for_each_part(c, [&](const Part& part) {
       Rounded<T> rounded;
@@ -107,16 +109,22 @@ struct StateTiles {
   }
 };
 
-template <class T, StateUse kUse>
+template <class T, int kN, StateUse kUse>
 __global__ void __launch_bounds__(kThreads, 1)
     sm90_scan_bwd_state_kernel(const __grid_constant__ StateArguments arguments) {
-  run(StateTiles<T, kUse>{arguments});
+  run(StateTiles<T, kN, kUse>{arguments});
+}
+
+template <int kN, StateUse kUse>
+cudaError_t launch_columns(const StateArguments& arguments, const Device& device) {
+  return launch_tiles<kN>(device, arguments.schedule, sm90_scan_bwd_state_kernel<bfloat16, kN, kUse>,
+                          sm90_scan_bwd_state_kernel<float16, kN, kUse>, arguments);
 }
 
 template <StateUse kUse>
 cudaError_t launch_use(const StateArguments& arguments, const Device& device) {
-  return launch_tiles(device, arguments.schedule, sm90_scan_bwd_state_kernel<bfloat16, kUse>,
-                      sm90_scan_bwd_state_kernel<float16, kUse>, arguments);
+  return arguments.step.shape.tile_columns == 128 ? launch_columns<128, kUse>(arguments, device)
+                                                  : launch_columns<192, kUse>(arguments, device);
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ constexpr int kQuads = kBox / 8;  // of a thread in 64 columns
 constexpr int kWhole = INT_MAX;
 // A write is bound by moving the state, whose end hides behind another product, up to so many tokens.
 constexpr int kStateTokens = 1024;
-static_assert(kTileTokens == kTileM && kValueColumns == kTileN);
+static_assert(kTileTokens == kTileM);
 static_assert(kNormColumns == kBox);  // a part of a row's squares is summed by the threads of one row
 
 // This block's tile of a pair. Pairs go rows first: neighbours share what they read most.
@@ -29,40 +29,41 @@ struct TilePlace {
 };
 
 // Of pair `index`, in a matrix of each block of the launch.
+template <int kN>
 __device__ __forceinline__ TilePlace tile_place(int index, std::int64_t height, std::int64_t width) {
   const int rows = static_cast<int>(ceil_div(height, kPairM));
-  const int columns = static_cast<int>(ceil_div(width, kTileN));
+  const int columns = static_cast<int>(ceil_div(width, kN));
   const std::int64_t row = std::int64_t{index % rows} * kPairM;
-  return {index / (rows * columns), row + cluster_rank() * kTileM, std::int64_t{index / rows % columns} * kTileN,
-          row};
+  const std::int64_t column = std::int64_t{index / rows % columns} * kN;
+  return {index / (rows * columns), row + cluster_rank() * kTileM, column, row};
 }
 
 // How many pairs cover it.
 inline int count_tiles(const Shape& shape, std::int64_t height, std::int64_t width) {
-  return static_cast<int>(shape.count * ceil_div(height, kPairM) * ceil_div(width, kTileN));
+  return static_cast<int>(shape.count * ceil_div(height, kPairM) * ceil_div(width, shape.tile_columns));
 }
 
 // 64 x 64 of a tile, in which accumulators are taken: a quad of this thread's row begins at column
 // consumer.column() + column + 8 j.
 struct Part {
-  const Sums& c;
+  const float* c;    // of its half
   int half, column;  // first column, from the tile's on
 
   __device__ __forceinline__ int row() const { return half * kBox; }
 
   // The whole warp takes part.
   __device__ __forceinline__ Quad quad(int j) const {
-    const float* const x = c[half] + 4 * (column / 8 + j);
+    const float* const x = c + 4 * (column / 8 + j);
     return gather_quad(x[0], x[1], x[2], x[3]);
   }
 };
 
-template <class F>
-__device__ __forceinline__ void for_each_part(const Sums& c, const F& f) {
+template <int kSums, class F>
+__device__ __forceinline__ void for_each_part(const float (&c)[kHalves][kSums], const F& f) {
 #pragma unroll
   for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
-    for (int column = 0; column < kTileN; column += kBox) f(Part{c, half, column});
+    for (int column = 0; column < 2 * kSums; column += kBox) f(Part{c[half], half, column});
   }
 }
 
@@ -83,8 +84,8 @@ template <class T>
 using Rounded = Vector<T, 4>[kQuads];
 
 // The whole warpgroup takes part.
-template <class T>
-__device__ __forceinline__ void store_rounded(Consumer& consumer, const Output<T>& output, const Part& part,
+template <class T, int kN>
+__device__ __forceinline__ void store_rounded(Consumer<kN>& consumer, const Output<T>& output, const Part& part,
                                               const Rounded<T>& quads) {
   if (part.column >= output.columns || part.row() >= output.rows) return;
   if (part.row() + kBox > output.rows) {
@@ -124,8 +125,9 @@ struct StateTile {
   std::int64_t at;         // offset of the thread's first quad in the first part
   int rows, columns;       // from there on that lie inside
 
+  template <int kN>
   __device__ __forceinline__ StateTile(const Shape& states, std::int64_t sequence, const TilePlace& place,
-                                       const Consumer& consumer)
+                                       const Consumer<kN>& consumer)
       : shape(states),
         plane(static_cast<int>(sequence)),
         row(static_cast<int>(place.row)),
@@ -179,9 +181,10 @@ __device__ __forceinline__ void add_scaled(QuadPair& sum, float scale, const Qua
 }
 
 // The assistants bring a tile of float32 into L2.
+template <int kN>
 __device__ __forceinline__ void prefetch_tile(const float* state, const Shape& shape, std::int64_t sequence,
                                               const TilePlace& place, int assistant) {
-  const std::int64_t columns = min(shape.f - place.column, std::int64_t{kTileN});
+  const std::int64_t columns = min(shape.f - place.column, std::int64_t{kN});
   const std::int64_t rows = min(shape.d - place.row, std::int64_t{kTileM});
   for (std::int64_t row = assistant; row < rows; row += kAssistants) {
     prefetch_l2(state + (sequence * shape.d + place.row + row) * shape.f + place.column,
@@ -211,7 +214,8 @@ __device__ __forceinline__ void store_pair(float* state, const StateTile& tile, 
 }
 
 // Stores a row's sum over the columns of a part in [sequences, parts, D], from the thread's share of it.
-__device__ __forceinline__ void store_row_sum(float* sums, const Consumer& consumer, const StateTile& tile,
+template <int kN>
+__device__ __forceinline__ void store_row_sum(float* sums, const Consumer<kN>& consumer, const StateTile& tile,
                                               const Part& part, float sum) {
   sum += __shfl_xor_sync(0xffffffffu, sum, 2);
   const int place = (tile.column + part.column) / kBox, row = tile.row + part.row() + consumer.row();
@@ -222,8 +226,8 @@ __device__ __forceinline__ void store_row_sum(float* sums, const Consumer& consu
 }
 
 // weight = base + scale * c, rounded into the map; sums of squares into norms unless null. base may be weight.
-template <class T>
-__device__ __forceinline__ void store_state(const Sums& c, Consumer& consumer, const StateTile& tile,
+template <class T, int kN>
+__device__ __forceinline__ void store_state(const Sums<kN>& c, Consumer<kN>& consumer, const StateTile& tile,
                                             float scale, const float* base, float* weight,
                                             const TensorMap& shadow, float* norms) {
   for_each_part(c, [&](const Part& part) {
@@ -268,13 +272,14 @@ struct MapMaker {
   }
 };
 
-template <class Arguments>
+// Kernels for tiles of kN columns.
+template <int kN, class Arguments>
 cudaError_t launch_tiles(const Device& device, const Schedule& schedule, void (*bfloat16_kernel)(Arguments),
                          void (*float16_kernel)(Arguments), const Arguments& arguments) {
-  const int tiles = schedule.longs + schedule.shorts, most = std::max(1, device.multiprocessors / kCluster);
+  const int most = std::max(1, device.multiprocessors / kCluster);
   return launch_clusters(device.operand == Operand::kBfloat16 ? bfloat16_kernel : float16_kernel, kCluster,
-                         static_cast<unsigned>(kCluster * std::min(tiles, most)), kThreads,
-                         shared_bytes<Storage>(), device.stream, arguments);
+                         static_cast<unsigned>(kCluster * std::min(schedule.tiles(), most)), kThreads,
+                         shared_bytes<Storage<kN>>(), device.stream, arguments);
 }
 
 }  // namespace ttt::scan::sm90

@@ -1,4 +1,4 @@
-// Backward on Hopper, tiles of tokens (as token_step.cu), 128 tokens x 192 on the pipeline of
+// Backward on Hopper, tiles of tokens (as token_step.cu), 128 tokens x kN on the pipeline of
 // sm90_pipeline.cuh:
 //
 //   value [t, d]  P = Z G^T, K = F: both along K; dV = s P, and sums of V * P
@@ -17,8 +17,9 @@ struct TokenArguments {
   Schedule schedule;
 };
 
-template <class T>
+template <class T, int kN>
 struct TokenTiles {
+  static constexpr int kTileN = kN;
   const TokenArguments& arguments;
 
   struct Tile {
@@ -35,49 +36,49 @@ struct TokenTiles {
     const Shape& shape = step.shape;
     const int values = arguments.schedule.longs;
     const bool is_value = index < values;
-    const TilePlace place = tile_place(is_value ? index : index - values, shape.block_tokens,
+    const TilePlace place = tile_place<kN>(is_value ? index : index - values, shape.block_tokens,
                                        is_value ? shape.d : shape.f);
     const ScanBlock block = shape.blocks[place.block];
     const bool is_reached = is_written(block, step.has_dstate);
     return {is_value, is_reached, place.pair_row >= block.tokens, place, block, block.tokens - place.row};
   }
 
-  __device__ __forceinline__ void load(Producer& producer, int index) const {
+  __device__ __forceinline__ void load(Producer<kN>& producer, int index) const {
     const auto [is_value, is_reached, is_empty, place, block, rows] = tile(index);
     const TokenStep& step = arguments.step;
     if (is_empty) return;
     const std::int64_t row = block.first + place.row;
     const Source grad = {arguments.grad_shadow, place.column, 0, block.sequence};
     if (is_value) {
-      if (is_reached) producer.load<Major::kK, Major::kK>({arguments.z, row, 0, 0}, grad, step.shape.f);
+      if (is_reached) producer.template load<Major::kK, Major::kK>({arguments.z, row, 0, 0}, grad, step.shape.f);
       return;
     }
-    if (is_reached) producer.load<Major::kK, Major::kMN>({arguments.v, row, 0, 0}, grad, step.shape.d);
+    if (is_reached) producer.template load<Major::kK, Major::kMN>({arguments.v, row, 0, 0}, grad, step.shape.d);
     const std::int64_t first = step.dy_is_local ? place.block * step.shape.block_tokens : block.first;
-    producer.load<Major::kK, Major::kMN>({arguments.dy, first + place.row, 0, 0},
+    producer.template load<Major::kK, Major::kMN>({arguments.dy, first + place.row, 0, 0},
                                          {arguments.shadow, place.column, 0, block.sequence}, step.shape.d);
   }
 
-  __device__ __forceinline__ void assist(Storage&, int, int, int) const {}
+  __device__ __forceinline__ void assist(Storage<kN>&, int, int, int) const {}
 
-  __device__ __forceinline__ void consume(Consumer& consumer, int index) const {
+  __device__ __forceinline__ void consume(Consumer<kN>& consumer, int index) const {
     const auto [is_value, is_reached, is_empty, place, block, rows] = tile(index);
     const TokenStep& step = arguments.step;
     const Shape& shape = step.shape;
     if (is_empty) return consumer.skip_turn();
     const std::int64_t row = block.first + place.row;
     const float scale = is_reached ? step_of(step.steps, block) : 0.0f;
-    Sums c = {};
+    Sums<kN> c = {};
     consumer.take_turn();
     if (is_value) {
-      if (is_reached) consumer.multiply_last<T, Major::kK, Major::kK>(c, shape.f);
+      if (is_reached) consumer.template multiply_last<T, Major::kK, Major::kK>(c, shape.f);
       else consumer.pass_turn();
       if (is_reached && step.dstep_parts && rows > 0) sum_values(c, consumer, place, row, rows);
       scale_sums(c, scale);
     } else {
-      if (is_reached) consumer.multiply<T, Major::kK, Major::kMN>(c, shape.d);
+      if (is_reached) consumer.template multiply<T, Major::kK, Major::kMN>(c, shape.d);
       scale_sums(c, scale);
-      consumer.multiply_last<T, Major::kK, Major::kMN>(c, shape.d);
+      consumer.template multiply_last<T, Major::kK, Major::kMN>(c, shape.d);
     }
     const std::int64_t width = is_value ? shape.d : shape.f;
     T* const at = static_cast<T*>(is_value ? step.dv : step.dz) + row * width + place.column;
@@ -92,17 +93,18 @@ struct TokenTiles {
     });
   }
 
-  static __device__ __forceinline__ void scale_sums(Sums& c, float scale) {
+  static __device__ __forceinline__ void scale_sums(Sums<kN>& c, float scale) {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) c[half][i] *= scale;
+      for (int i = 0; i < kN / 2; ++i) c[half][i] *= scale;
     }
   }
 
   // The sum of V * c over the tile, in the order of lanes, then warps.
-  __device__ __forceinline__ void sum_values(const Sums& c, const Consumer& consumer, const TilePlace& place,
-                                             std::int64_t row, std::int64_t rows) const {
+  __device__ __forceinline__ void sum_values(const Sums<kN>& c, const Consumer<kN>& consumer,
+                                             const TilePlace& place, std::int64_t row,
+                                             std::int64_t rows) const {
     const TokenStep& step = arguments.step;
     const Shape& shape = step.shape;
     float sum = 0.0f;
@@ -126,15 +128,21 @@ struct TokenTiles {
     sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kWarps; ++i) sum += warps[i];
-    const std::int64_t tile_rows = ceil_div(shape.block_tokens, kTileM), columns = ceil_div(shape.d, kTileN);
-    step.dstep_parts[(place.block * tile_rows + place.row / kTileM) * columns + place.column / kTileN] = sum;
+    const std::int64_t tile_rows = ceil_div(shape.block_tokens, kTileM), columns = ceil_div(shape.d, kN);
+    step.dstep_parts[(place.block * tile_rows + place.row / kTileM) * columns + place.column / kN] = sum;
   }
 };
 
-template <class T>
+template <class T, int kN>
 __global__ void __launch_bounds__(kThreads, 1)
     sm90_scan_bwd_token_kernel(const __grid_constant__ TokenArguments arguments) {
-  run(TokenTiles<T>{arguments});
+  run(TokenTiles<T, kN>{arguments});
+}
+
+template <int kN>
+cudaError_t launch_columns(const TokenArguments& arguments, const Device& device) {
+  return launch_tiles<kN>(device, arguments.schedule, sm90_scan_bwd_token_kernel<bfloat16, kN>,
+                          sm90_scan_bwd_token_kernel<float16, kN>, arguments);
 }
 
 }  // namespace
@@ -157,8 +165,8 @@ cudaError_t token_step(const TokenStep& step, const Device& device) {
   schedule.longs = count_tiles(shape, shape.block_tokens, shape.d);
   schedule.shorts = count_tiles(shape, shape.block_tokens, shape.f);
   schedule.worth = static_cast<int>(shape.f / (2 * shape.d));
-  return launch_tiles(device, schedule, sm90_scan_bwd_token_kernel<bfloat16>,
-                      sm90_scan_bwd_token_kernel<float16>, arguments);
+  return shape.tile_columns == 128 ? launch_columns<128>(arguments, device)
+                                   : launch_columns<192>(arguments, device);
 }
 
 }  // namespace ttt::scan::sm90

@@ -85,10 +85,10 @@ __global__ void __launch_bounds__(kThreads) scan_bwd_dstep_kernel(const SumSteps
   const std::int64_t i = thread_index() / 32;
   if (i >= step.shape.count) return;
   const ScanBlock block = step.shape.blocks[i];
-  const std::int64_t columns = ceil_div(step.shape.d, step.value_columns);
+  const std::int64_t columns = ceil_div(step.shape.d, step.shape.tile_columns);
   const bool reached = is_written(block, step.has_dstate);
   const std::int64_t parts = reached ? ceil_div(block.tokens, kTileTokens) * columns : 0;
-  const float* from = step.parts + i * ceil_div(step.shape.block_tokens, kTileTokens) * columns;
+  const float* from = step.parts + i * step.shape.value_tiles();
   float sum = 0.0f;
   for (std::int64_t j = threadIdx.x % 32; j < parts; j += 32) sum += from[j];
   sum = sum_lanes<32>(sum);

@@ -45,7 +45,6 @@ cudaError_t scale_step(const ScaleStep& step, const Device& device);
 struct SumSteps {
   Shape shape;  // count: all blocks
   bool has_dstate;
-  int value_columns;  // of a value tile
   const float* parts;
   float* dstep;
 };
