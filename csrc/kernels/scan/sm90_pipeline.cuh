@@ -19,11 +19,11 @@
 // they still run while the other one issues its first.
 //
 // Why 128 x 192: the largest tile of which two fit into the registers, 2 x 128 x 192 of 65536. A stage is
-// 40 KB for 3.1 MFLOP. L2 gives 28 of them, 110 FLOPs a byte; alone a block would take 40, 77 a byte, and of
-// the 64 bytes a cycle of its port 53 with a tensor core at full rate, before the state is read. A wgmma reads
-// 2 + 6 KB of shared memory in its 96 cycles, 85 a cycle of 128, and what is loaded is written at 53: together
-// as much as there is at 93% of the full rate. Where such tiles are few, kN = 128 leaves fewer multiprocessors
-// idle (tile_columns), at 88 FLOPs a byte.
+// 40 KB for 3.1 MFLOP. For one block L2 reads 28 of them, 110 FLOPs a byte; without the cluster it would be 77.
+// At the full rate of the tensor cores the 40 KB take 53 of the 64 bytes a cycle of a multiprocessor's port. A
+// wgmma reads 2 + 6 KB of shared memory in its 96 cycles, 85 a cycle of 128, and what is loaded is written at
+// 53: together as much as there is at 93% of the full rate. Where such tiles are few, kN = 128 leaves fewer
+// multiprocessors idle (tile_columns), at 88 FLOPs a byte.
 //
 // Every operand moves in 64 x 64 boxes and one tensor map serves it both ways: as rows along K (kK), or with
 // rows that are K (kMN). K over tokens ends where the block ends: what TMA loads beyond belongs to others
