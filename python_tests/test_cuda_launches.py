@@ -198,7 +198,7 @@ def test_workspaces_are_those_of_the_library(cuda_kernels):  # noqa: F811
         def step_apply_workspace(self, **arguments):
             return self.compare("step_apply_workspace", arguments)
 
-    emulated = 2  # kMultiprocessors of csrc/emulation/emulator.h
+    emulated = 2  # csrc/emulation/control.h
     processors = torch.cuda.get_device_properties(0).multi_processor_count if GPU else emulated
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_launches, "Extension", lambda _: Both(processors))

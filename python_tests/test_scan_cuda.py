@@ -113,6 +113,17 @@ def test_weight_shapes(d, f):
     compare(scan_call(1, 2 * C + 2, d=d, f=f, preserve_row_norm=d != f))
 
 
+@pytest.mark.skipif(GPU, reason="a GPU has as many multiprocessors as it has")
+@pytest.mark.parametrize("count", [1, 4, 7])
+def test_multiprocessors(cuda_kernels, count):  # noqa: F811
+    """Tiles are dealt to few and to more than there are, and to an odd number."""
+    cuda_kernels.set_multiprocessors(count)
+    try:
+        compare(scan_call(cu=[0, 130, 135, 400], d=136, f=264, chunk=130, preserve_row_norm=True))
+    finally:
+        cuda_kernels.set_multiprocessors(2)
+
+
 @pytest.mark.parametrize("return_state", [False, True])
 @pytest.mark.parametrize("steps", [False, True])
 def test_without_state(return_state, steps):

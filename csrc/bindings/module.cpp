@@ -92,6 +92,8 @@ PYBIND11_MODULE(TTT_MODULE, m) {
 #if TTT_EMULATED
   m.def("set_schedule", &ttt::emulation::set_schedule, py::arg("order"), py::arg("timing"),
         py::arg("seed"), "Order of threads and time of asynchronous effects; see emulation/control.h.");
+  m.def("set_multiprocessors", &ttt::emulation::set_multiprocessors, py::arg("count"),
+        "Of the one device there is; see emulation/control.h.");
 #endif
   ttt::bindings::add_scan(m);
   ttt::bindings::add_step(m);

@@ -9,6 +9,7 @@ namespace ttt::emulation {
 namespace {
 
 thread_local Schedule schedule_of_thread;
+thread_local int multiprocessors_of_thread = 2;
 thread_local std::string last_error_of_thread;
 thread_local Context main_context;
 thread_local std::vector<std::unique_ptr<Fiber>> fibers;  // of all threads of a cluster
@@ -149,6 +150,9 @@ Schedule current_schedule() { return schedule_of_thread; }
 
 void set_schedule(int order, int timing, std::uint64_t seed) { schedule_of_thread = {order, timing, seed}; }
 
+int multiprocessors() { return multiprocessors_of_thread; }
+void set_multiprocessors(int count) { multiprocessors_of_thread = count; }
+
 const std::string& last_error() { return last_error_of_thread; }
 
 int cluster_rank() { return block->rank; }
@@ -181,13 +185,6 @@ cudaError_t run(const std::function<void()>& kernel, int cluster, dim3 grid, dim
     last_error_of_thread = failure.what();
     return cudaErrorLaunchFailure;
   }
-  return cudaSuccess;
-}
-
-cudaError_t count_clusters(int* count, int cluster, dim3, int shared) {
-  if (cluster < 1 || cluster > kMostBlocks) return cudaErrorInvalidClusterSize;
-  if (shared < 0 || shared > kMostShared) return cudaErrorInvalidValue;
-  *count = kMultiprocessors / cluster;
   return cudaSuccess;
 }
 

@@ -15,6 +15,9 @@ enum Timing : int { kEarly = 0, kLate = 1, kRandomTiming = 2 };
 // At first: forward, late. The seed counts where something is random.
 void set_schedule(int order, int timing, std::uint64_t seed);
 
+// Of the device there is, which kernels that stay and take tile after tile ask for. At first 2, so that they do.
+void set_multiprocessors(int count);
+
 // Why the last launch of this thread failed that did.
 const std::string& last_error();
 

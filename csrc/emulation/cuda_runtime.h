@@ -222,7 +222,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = ttt::emulation::kMostShared; break;
     case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
     case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
-    case cudaDevAttrMultiProcessorCount: *value = ttt::emulation::kMultiprocessors; break;
+    case cudaDevAttrMultiProcessorCount: *value = ttt::emulation::multiprocessors(); break;
   }
   return cudaSuccess;
 }

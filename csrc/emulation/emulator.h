@@ -41,7 +41,6 @@ extern __thread uint3 threadIdx, blockIdx, blockDim, gridDim;
 namespace ttt::emulation {
 
 constexpr int kMostShared = 232448;  // bytes a block may ask for on sm_90
-constexpr int kMultiprocessors = 2;
 constexpr int kMostBlocks = 8;  // of a cluster
 
 struct Site {
@@ -53,13 +52,11 @@ struct Site {
 // rule of the hardware was broken.
 cudaError_t run(const std::function<void()>& kernel, int cluster, dim3 grid, dim3 block, int shared);
 
-// How many such clusters the one device there is runs at the same time.
-cudaError_t count_clusters(int* count, int cluster, dim3 block, int shared);
-
 // Ends the kernel with this text.
 [[noreturn]] void fail(const std::string& text);
 [[noreturn]] void fail(const std::string& text, Site site);
 
+int multiprocessors();
 int lane_index();
 void* shared_memory(std::size_t bytes);  // the block's, aligned; fails where it has less
 std::uint32_t shared_offset(const void* pointer);

@@ -93,8 +93,3 @@ extern "C" int cluster_fault_of(int fault, void* memory) {
   return ttt::launch_clusters(cluster_fault_kernel, 2, dim3(2), dim3(32), ttt::shared_bytes<Box>(), nullptr,
                               map, static_cast<Fault>(fault));
 }
-
-// Of the blocks of multicast_kernel, how many clusters run at the same time.
-extern "C" int clusters_of(int cluster, int* count) {
-  return ttt::count_clusters(count, multicast_kernel, cluster, dim3(32), ttt::shared_bytes<Box>());
-}

@@ -60,7 +60,7 @@ STORAGE_SOURCES = (
 # Kernels of matrix products: without matrix instructions, or with others than their own, they would be slow.
 PRODUCTS = frozenset(name for name, struct in STORAGE.items() if not struct.endswith("Sums"))
 _SUMS = Accepted(wide_loads=0.0, why="a thread adds numbers that lie a row apart; a few thousand in all")
-_TURNS = Accepted(400, why="192 accumulators a thread; after the products, while another tile is multiplied")
+_TURNS = Accepted(700, why="192 accumulators a thread; after the products, while another tile is multiplied")
 ACCEPTED: Mapping[str, Accepted] = MappingProxyType(
     {
         "sm90_scan_fwd_step_kernel": _TURNS,

@@ -78,7 +78,8 @@ struct StateTiles {
       float sum = 0.0f;
 #pragma unroll
       for (int j = 0; j < kQuads; j += 2) {
-        const QuadPair w = load_pair(arguments.step.weight, state, part, j);
+        QuadPair w = load_pair(arguments.step.weight, state, part, j);
+        swap_quads(w);
         sum = add_products(add_products(sum, w.at[0], part.quad(j)), w.at[1], part.quad(j + 1));
       }
       store_row_sum(arguments.step.products, consumer, state, part, sum);
@@ -92,13 +93,25 @@ struct StateTiles {
       Rounded<T> rounded;
       const std::int64_t row = state.row + part.row() + consumer.row(), at = state.plane * step.shape.d + row;
       const bool scales = step.ratio && row < step.shape.d;
-      QuadPair next = load_pair(step.grad, state, part, 0);
+      const int ahead = part.ahead(2);  // of both
+      QuadPair grads[kPairs], weights[kPairs] = {};
+      const auto load = [&](int i) {
+        grads[i] = load_pair(step.grad, state, part, 2 * i);
+        if (step.ratio) weights[i] = load_pair(step.weight, state, part, 2 * i);
+      };
+#pragma unroll
+      for (int i = 0; i < ahead; ++i) load(i);
       const float ratio = scales ? step.ratio[at] : 1.0f, pull = scales ? step.pull[at] : 0.0f;
 #pragma unroll
       for (int j = 0; j < kQuads; j += 2) {
-        QuadPair g = next;
-        if (j + 2 < kQuads) next = load_pair(step.grad, state, part, j + 2);  // ahead of the stores
-        if (step.ratio) add_scaled(g, -pull, load_pair(step.weight, state, part, j));
+        QuadPair g = grads[j / 2];
+        QuadPair w = weights[j / 2];
+        if (j / 2 + ahead < kPairs) load(j / 2 + ahead);
+        swap_quads(g);
+        if (step.ratio) {
+          swap_quads(w);
+          add_scaled(g, -pull, w);
+        }
         add_scaled(g, ratio, {part.quad(j), part.quad(j + 1)});
         store_pair(step.grad, state, part, j, g);
         rounded[j] = round_quad<T>(g.at[0]);

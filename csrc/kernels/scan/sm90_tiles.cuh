@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <cstring>
 
 #include "blocks.cuh"
 #include "sm90_pipeline.cuh"
@@ -15,6 +16,7 @@
 namespace ttt::scan::sm90 {
 
 constexpr int kQuads = kBox / 8;  // of a thread in 64 columns
+constexpr int kPairs = kQuads / 2;
 constexpr int kWhole = INT_MAX;
 // A write is bound by moving the state, whose end hides behind another product, up to so many tokens.
 constexpr int kStateTokens = 1024;
@@ -50,6 +52,10 @@ struct Part {
   int half, column;  // first column, from the tile's on
 
   __device__ __forceinline__ int row() const { return half * kBox; }
+
+  // How many pairs of quads of a state are loaded before the first is used: what L2 takes to answer is waited
+  // for once a part, not once a pair, as soon as accumulators of parts that are done leave registers for that.
+  __device__ __forceinline__ int ahead(int most) const { return half == 0 && column == 0 ? 1 : most; }
 
   // The whole warp takes part.
   __device__ __forceinline__ Quad quad(int j) const {
@@ -101,12 +107,18 @@ __device__ __forceinline__ void store_rounded(Consumer<kN>& consumer, const Outp
   unsigned char* const box = consumer.storage.staging[consumer.group][consumer.box];
   consumer.box ^= 1;
   const unsigned row = consumer.row();  // its piece j lies at j ^ row % 8
+  const unsigned odd = consumer.lane() % 2;
   const unsigned place = row * 128 + row % 8 * 16 + consumer.column() * sizeof(T);
   if (consumer.thread == 0) wait_stores_read<1>();  // of the other box at most: this one is free
   named_barrier(kStaging + consumer.group, kGroup);
 #pragma unroll
   for (unsigned j = 0; j < kQuads; ++j) {
-    store_shared_vector(reinterpret_cast<T*>(box + (place ^ j * 16)), quads[j]);
+    // Odd lanes have the rows 8 below, whose pieces lie in the same banks: they take the other half first.
+    std::uint32_t mine[2], other[2];
+    std::memcpy(mine, &quads[j], sizeof(mine));
+    std::memcpy(other, &quads[j ^ 4], sizeof(other));
+    const Vector<std::uint32_t, 2> words = {odd ? other[0] : mine[0], odd ? other[1] : mine[1]};
+    store_shared_vector(reinterpret_cast<std::uint32_t*>(box + (place ^ (j ^ odd * 4) * 16)), words);
   }
   fence_async_shared();
   named_barrier(kStaging + consumer.group, kGroup);
@@ -149,8 +161,9 @@ struct StateTile {
 
   template <class T>
   __device__ __forceinline__ Output<T> output(const TensorMap& map) const {
-    // TMA clips the rows.
-    return {map, plane, row, column, kWhole, static_cast<int>(shape.f) - column, nullptr, 0};
+    // TMA clips the rows; a tile that lies below the matrix has none.
+    const int rows = row < shape.d ? kWhole : 0, columns = static_cast<int>(shape.f) - column;
+    return {map, plane, row, column, rows, columns, nullptr, 0};
   }
 };
 
@@ -192,7 +205,8 @@ __device__ __forceinline__ void prefetch_tile(const float* state, const Shape& s
   }
 }
 
-// Quads j and j + 1 of the thread's row in a part of a state, zeros outside.
+// A pair of quads of a part of a state as they are moved, zeros outside: quads j and j + 1 of the thread's row
+// once swapped.
 __device__ __forceinline__ QuadPair load_pair(const float* state, const StateTile& tile, const Part& part,
                                               int j) {
   QuadPair pair = {};
@@ -200,7 +214,6 @@ __device__ __forceinline__ QuadPair load_pair(const float* state, const StateTil
   for (int h = 0; h < 2; ++h) {
     if (tile.contains(part, j + h)) pair.at[h] = load_vector<float, 4>(state + tile.offset(part, j + h));
   }
-  swap_quads(pair);
   return pair;
 }
 
@@ -232,12 +245,17 @@ __device__ __forceinline__ void store_state(const Sums<kN>& c, Consumer<kN>& con
                                             const TensorMap& shadow, float* norms) {
   for_each_part(c, [&](const Part& part) {
     Rounded<T> rounded;
-    QuadPair next = load_pair(base, tile, part, 0);
+    const int ahead = part.ahead(kPairs);
+    QuadPair moved[kPairs];
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) moved[i] = load_pair(base, tile, part, 2 * i);
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < kQuads; j += 2) {
-      QuadPair w = next;
-      if (j + 2 < kQuads) next = load_pair(base, tile, part, j + 2);  // ahead of the stores
+      QuadPair w = moved[j / 2];
+      const int next = j / 2 + ahead;
+      if (next < kPairs) moved[next] = load_pair(base, tile, part, 2 * next);
+      swap_quads(w);
       add_scaled(w, scale, {part.quad(j), part.quad(j + 1)});
       store_pair(weight, tile, part, j, w);
 #pragma unroll

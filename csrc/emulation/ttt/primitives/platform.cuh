@@ -42,12 +42,6 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int sha
   return launch_clusters(kernel, 1, grid, block, shared, stream, arguments...);
 }
 
-template <class... Parameters>
-cudaError_t count_clusters(int* count, [[maybe_unused]] void (*kernel)(Parameters...), int cluster, dim3 block,
-                           int shared) {
-  return emulation::count_clusters(count, cluster, block, shared);
-}
-
 template <int kWords>
 void store_global(void* into, const std::uint32_t (&words)[kWords], TTT_SITE) {
   if (reinterpret_cast<std::uintptr_t>(into) % sizeof(words) != 0) {

@@ -66,25 +66,6 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int sha
   return launch_clusters(kernel, 1, grid, block, shared, stream, arguments...);
 }
 
-// How many clusters of a kernel the device runs at the same time: not one for every `cluster` multiprocessors
-// where those do not come in such groups.
-template <class... Parameters>
-cudaError_t count_clusters(int* count, void (*kernel)(Parameters...), int cluster, dim3 block, int shared) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = static_cast<unsigned>(cluster);
-  config.blockDim = block;
-  config.dynamicSmemBytes = static_cast<std::size_t>(shared);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaOccupancyMaxActiveClusters(count, kernel, &config);
-}
-
 // Stores 16 or 8 bytes to global memory in one access, where nvcc may make one for each element of a struct.
 __device__ __forceinline__ void store_global(void* into, const std::uint32_t (&words)[4]) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(into)), "r"(words[0]),
