@@ -52,7 +52,7 @@ def report(kernel: str, tile: tuple = (), registers: int = 168, **changes) -> Cu
         kernel=kernel, architecture=90, dtype="bf16", tile=tile, warps=4, stages=0, threads=128,
         registers=registers, stack=0, spill_stores=0, spill_loads=0, loop_spills=0, shared_memory=0,
         tensor_memory=0, dots=(), wgmma=0, tcgen05=0, mma_sync=0, cp_async=0, tma=0, load_bytes=(),
-        store_bytes=(), wgmma_waits=0,
+        store_bytes=(),
     )  # fmt: skip
     return CudaReport(**{**facts, **changes})
 

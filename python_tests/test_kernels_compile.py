@@ -94,6 +94,14 @@ def test_products_use_the_architecture_s_own_instructions(compiled, architecture
     assert all((r.mma_sync, r.wgmma, r.tcgen05)[ARCHITECTURES.index(architecture)] for r in mine)
 
 
+def test_loads_of_the_state_run_ahead(compiled):
+    """Copies of whole tiles before the loop, not only in it: what they load must not depend on step sizes."""
+    names = ("scan_bwd_enter_kernel", "scan_bwd_leave_kernel")
+    mine = [r for r in reports(compiled, 90) if r.kernel in names and r.tma]
+    assert {dict(r.tile).get("SUPER") for r in mine} == {None, False, True}
+    assert all(r.tma >= 2 * r.stages for r in mine)
+
+
 def test_every_kernel_is_compiled_and_has_a_cost(compiled):
     from ttt_kernels.testing.kernel_costs import COSTS
     from ttt_kernels.testing.triton_workloads import kernels
@@ -210,6 +218,7 @@ def test_resident_blocks(change, blocks):
         ({"spill_loads": 4}, "spills 0 + 4 bytes"),
         ({"loop_spills": 4}, "spills 4 bytes in a loop that multiplies"),
         ({"wgmma": 0}, "no wgmma"),
+        ({"wgmma_waits": 4}, "wgmma is serialised: 4 waits for 4 products"),
         ({"mma_sync": 2}, "2 products by mma.sync of sm_80 beside wgmma"),
         ({"architecture": 100, "tensor_memory": 513}, "513 columns of tensor memory, at most 512"),
         ({"architecture": 100}, "no tcgen05"),
@@ -224,7 +233,14 @@ def test_complaints(change, words):
     assert any(words in text for text in complaints(bad))
 
 
+def test_second_parts_are_named():
+    tile = (("BLOCK_D", 128), ("MORE_D", 0), ("BLOCK_F", 128), ("MORE_F", 64), ("BLOCK_K", 32))
+    assert replace(REPORT, tile=tile).block_sizes == "D128 F128+64 K32"
+
+
 def test_what_is_accepted_has_a_bound():
+    serialised = replace(REPORT, wgmma_waits=4)
+    assert complaints(serialised) and not complaints(serialised, Accepted(serialised=True))
     spilling = replace(REPORT, spill_stores=8, spill_loads=8, loop_spills=4)
     assert not complaints(spilling, Accepted(spills=16, loop_spills=4))
     assert len(complaints(spilling, Accepted(spills=15, loop_spills=3))) == 2

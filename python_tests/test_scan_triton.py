@@ -3,7 +3,9 @@
 Its gradients are in test_scan_triton_bwd.py, what the compiler made of it in test_kernels_compile.py.
 """
 
+import doctest
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -148,13 +150,14 @@ def test_descriptors(preserve, block_length, monkeypatch):
     """The sm_90 way of loading: in the interpreter it is only asked for."""
     monkeypatch.setattr(triton_launch, "DESCRIPTORS_SINCE", 0)
     used = []
-    real = triton_fwd.descriptor
-    monkeypatch.setattr(triton_fwd, "descriptor", lambda *a: used.append(real(*a)) or used[-1])
+    real = triton_launch.descriptor
+    monkeypatch.setattr(triton_launch, "descriptor", lambda *a: used.append(real(*a)) or used[-1])
     compare(wide_call(40, 96, 41, 16, preserve_row_norm=preserve))
     assert used and None not in used
     compare(wide_call(40, 96, 41, 15, preserve_row_norm=preserve))  # a tile would pass its chunk's end
+    used.clear()
     compare(wide_call(5, 7, 41, 16, preserve_row_norm=preserve))  # rows of no multiple of 16 bytes
-    assert used[-1] is None
+    assert None in used
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
@@ -162,9 +165,28 @@ def test_descriptors(preserve, block_length, monkeypatch):
 def test_tiles_of_a_gpu(architecture, monkeypatch):
     """The tiles a GPU would take, on shapes smaller than one and larger."""
     real = heuristics.forward_tiles
-    monkeypatch.setattr(triton_fwd, "forward_tiles", lambda _, size, *rest: real(architecture, 2, *rest))
+
+    def tiles(_, size, *rest, **options):
+        return real(architecture, 2, *rest, **options)
+
+    monkeypatch.setattr(triton_fwd, "forward_tiles", tiles)
     for chunk, preserve in ((150, False), (20, True)):
         compare(wide_call(140, 270, 161, chunk, preserve_row_norm=preserve))
+
+
+ONE_PART = heuristics.Tiles(16, 16, 32, 16, 4, 1)
+PARTS = {"none": {}, "of_y": {"more_d": 8}, "of_w": {"more_f": 16}, "both": {"more_d": 16, "more_f": 8}}
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+@pytest.mark.skipif(DEVICE == "cuda", reason="the choice is the GPU's there")
+def test_tiles_in_parts(parts, monkeypatch):
+    """Second parts that are whole, ragged and past the end."""
+    monkeypatch.setattr(triton_fwd, "forward_tiles", lambda *_, **__: replace(ONE_PART, **parts))
+    for chunks, descriptors in ((1, 0), (2, 10**6)):
+        set_block_length(monkeypatch, chunks)
+        monkeypatch.setattr(triton_launch, "DESCRIPTORS_SINCE", descriptors)
+        compare(wide_call(36, 40, 37, 16, steps=True, preserve_row_norm=chunks == 1))
 
 
 def test_split_plan(monkeypatch):
@@ -238,16 +260,52 @@ SHAPES = [(1024, 3072), (2560, 9728), (4096, 14336)]
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_tiles_fit_their_architecture(architecture):
     """The documented model: operand stages in shared memory, accumulators in registers."""
-    for (d, f), size, chunk in itertools.product(SHAPES, (2, 4), (64, 1024)):
-        t = heuristics.forward_tiles(architecture, size, 1, chunk, d, f)
-        edges = max(t.t + t.d, t.d + t.f)
+    for (d, f), size, chunk, several in itertools.product(SHAPES, (2, 4), (64, 1024), (False, True)):
+        t = heuristics.forward_tiles(architecture, size, 1, chunk, d, f, super_chunk=several)
+        edges = max(t.t + t.y_columns, t.d + t.w_columns)
         assert t.stages * t.k * edges * size <= SHARED_MEMORY[architecture]
-        assert max(t.t * t.d, t.d * t.f) / (32 * t.warps) <= 128
+        assert max(t.t * t.y_columns, t.d * t.w_columns) / (32 * t.warps) <= 128
+
+
+def test_two_programs_fit_where_registers_are_bounded():
+    """Shared memory of a multiprocessor, 1 KiB of each block the driver's."""
+    for tiles, _ in itertools.chain(*(heuristics._WIDE[a] for a in (90, 100))):
+        assert tiles.registers is None or 32 * tiles.warps * tiles.registers <= 65536 // 2
+    for t in heuristics._PARTS:
+        edges = max(t.t + t.y_columns, t.d + t.w_columns)
+        assert 2 * (t.stages * t.k * edges * 2 + 2048) <= 233472
+        assert t.registers * 32 * t.warps <= 65536 // 2
+
+
+def test_parts_are_chosen_where_they_fill_the_gpu():
+    """A second part of y needs many columns; in a super-chunk the scores take its registers."""
+    def parts(*sizes, **options):
+        t = heuristics.forward_tiles(90, 2, *sizes, **options)
+        return t.more_d > 0, t.more_f > 0
+
+    assert parts(1, 1024, 4096, 14336, super_chunk=False) == (True, True)
+    assert parts(1, 1024, 1024, 3072, super_chunk=False) == (False, True)
+    assert not parts(1, 1024, 4096, 14336, super_chunk=True)[0]
+    assert heuristics.forward_tiles(80, 2, 1, 1024, 4096, 14336, super_chunk=False).more_f == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64, 100, 512, 1024, 4096])
+@pytest.mark.parametrize("d, f", [*SHAPES, (16, 24), (0, 8)])
+def test_blocks_are_whole_chunks(d, f, chunk):
+    """Several of them where chunks are short, and fewer where a batch fills the launch."""
+    block, batched = (heuristics.fused_super_chunk(chunk, d, f, rows) for rows in (1, 8))
+    assert block % chunk == batched % chunk == 0
+    assert chunk <= batched <= block <= max(chunk, 1024)
+    if (d, f) in SHAPES and chunk <= 64:
+        assert block >= 900
+    if chunk > 256:
+        assert block == chunk
+    assert doctest.testmod(heuristics) == (0, 3)
 
 
 def test_newer_architectures_take_the_tiles_of_older_ones():
     def tiles(architecture):
-        return heuristics.forward_tiles(architecture, 2, 1, 1024, 4096, 14336)
+        return heuristics.forward_tiles(architecture, 2, 1, 1024, 4096, 14336, super_chunk=False)
 
     assert tiles(89) == tiles(86) and tiles(103) == tiles(100) and tiles(130) == tiles(120)
     assert tiles(90) != tiles(80)

@@ -21,6 +21,7 @@ from test_scan_values import FLAGS, LENGTHS, PACKINGS, flags
 
 import ttt_kernels as ttt
 from ttt_kernels import testing
+from ttt_kernels.ops import triton_launch
 from ttt_kernels.ops.scan import heuristics, triton_bwd, triton_fwd
 
 BOUND = 2e-5  # of float32: the state is recomputed by subtraction
@@ -184,6 +185,21 @@ def test_within_the_error_budget(dtype, preserve, steps, block_length):
     assert report.within_budget, report
 
 
+@pytest.mark.parametrize("preserve", [False, True])
+@pytest.mark.skipif(DEVICE == "cuda", reason="the choice is the GPU's there")
+def test_descriptors(preserve, block_length, monkeypatch):
+    """The sm_90 way of loading, whole blocks and an incomplete one."""
+    monkeypatch.setattr(triton_launch, "DESCRIPTORS_SINCE", 0)
+    for tokens in (96, 101):
+        call = scan_call(1, tokens, chunk=16, steps=True, dtype=torch.float32, preserve_row_norm=preserve)
+        call.tensors |= {
+            "z": randn(1, tokens, 40, dtype=torch.float32),
+            "v": randn(1, tokens, 20, seed=1, dtype=torch.float32) * 0.1,
+            "w0": randn(20, 40, seed=2, dtype=torch.float32),
+        }
+        compare(call)
+
+
 def test_tiles_of_the_backward_fit():
     """Operand tiles of all stages in shared memory, accumulators in registers."""
     memory = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -192,7 +208,8 @@ def test_tiles_of_the_backward_fit():
             for d, f in ((4096, 14336), (2560, 9728), (1024, 3072), (64, 64)):
                 for tokens in (64, 512, 1024):
                     token, state = heuristics.backward_tiles(arch, size, 1, tokens, d, f)
-                    for tile, rows, columns in ((token, token.t, token.d), (state, state.d, state.f)):
+                    tiles = (token, token.t, token.d), (state, state.d, state.w_columns)
+                    for tile, rows, columns in tiles:
                         assert tile.stages * tile.k * (rows + columns) * size <= limit
                         assert rows * columns <= 128 * 32 * tile.warps
 
@@ -200,7 +217,7 @@ def test_tiles_of_the_backward_fit():
 def test_small_models_get_smaller_tiles():
     def shape(d, f, batch=1):
         token, state = heuristics.backward_tiles(90, 2, batch, 1024, d, f)
-        return token.t * token.d, state.d * state.f
+        return token.t * token.d, state.d * state.w_columns
 
-    assert shape(4096, 14336) == (128 * 256, 128 * 128)
+    assert shape(4096, 14336) == (128 * 256, 128 * 192)
     assert shape(1024, 3072) < shape(1024, 3072, batch=8) <= shape(4096, 14336)

@@ -91,6 +91,14 @@ def descriptor(x: Tensor, block: tuple[int, int]):
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
 
 
+def descriptors(wanted: dict[str, tuple[Tensor, int, int]], whole: bool) -> dict:
+    """Launch arguments: descriptors by name, of a tensor and the sides of its tiles (0: not needed, None),
+    and DESCRIPTORS; None for all where one cannot be had, or unless `whole`."""
+    views = {name: descriptor(x, block) for name, (x, *block) in wanted.items() if whole and 0 not in block}
+    usable = whole and None not in views.values()
+    return {**dict.fromkeys(wanted), **(views if usable else {}), "DESCRIPTORS": usable}
+
+
 def launch(kernel, grid: tuple[int, ...], **arguments) -> None:
     """`kernel[grid](**arguments)` on the device of its tensors; an empty grid launches nothing."""
     recording = _RECORDING.get()

@@ -60,7 +60,7 @@ STORAGE_SOURCES = (
 # Kernels of matrix products: without matrix instructions, or with others than their own, they would be slow.
 PRODUCTS = frozenset(name for name, struct in STORAGE.items() if not struct.endswith("Sums"))
 _SUMS = Accepted(wide_loads=0.0, why="a thread adds numbers that lie a row apart; a few thousand in all")
-_TURNS = Accepted(700, why="192 accumulators a thread; after the products, while another tile is multiplied")
+_TURNS = Accepted(800, why="192 accumulators a thread; after the products, while another tile is multiplied")
 ACCEPTED: Mapping[str, Accepted] = MappingProxyType(
     {
         "sm90_scan_fwd_step_kernel": _TURNS,
@@ -83,14 +83,7 @@ ACCEPTED: Mapping[str, Accepted] = MappingProxyType(
 @dataclass(frozen=True)
 class CudaReport(KernelReport):
     """Of a kernel of `csrc`. `tile` has the template arguments that are numbers; `stages` and `dots` are not
-    known.
-
-    Args:
-        wgmma_waits: places where it waits for wgmma. Where the compiler finds the accumulators in use, it
-            makes every product wait for the one before: then there are as many as products.
-    """
-
-    wgmma_waits: int
+    known."""
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -169,7 +162,7 @@ def read_kernel(
         tma=instructions.count("UTMALDG"),
         load_bytes=tuple(sorted(bytes_by_width(code.opcodes, ("LDG", "LDGSTS")).items())),
         store_bytes=tuple(sorted(bytes_by_width(code.opcodes, ("STG",)).items())),
-        wgmma_waits=sum(opcode.startswith("WARPGROUP.DEPBAR") for opcode in code.opcodes),
+        wgmma_waits=code.wgmma_waits,
     )
 
 
@@ -193,8 +186,6 @@ def complaints(report: CudaReport) -> list[str]:
         found.append(f"{where}: {report.mma_sync} mma.sync and {report.cp_async} cp.async")
     if report.kernel in PRODUCTS and hopper and report.mma_sync:
         found.append(f"{where}: {report.mma_sync} products by mma.sync of sm_80")
-    if hopper and report.wgmma_waits >= report.wgmma:
-        found.append(f"{where}: wgmma is serialised: {report.wgmma_waits} waits for {report.wgmma} products")
     return found
 
 

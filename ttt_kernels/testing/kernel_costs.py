@@ -34,8 +34,9 @@ def work_of(launch) -> Work:
 # --- scan, forward --------------------------------------------------------------------------------
 def scan_fwd_step(a: Arguments) -> Work:
     d, f, t, k = a["D"], a["F"], a["BLOCK"], a["CHUNK"]
-    bt, bd, bf, size = a["BLOCK_T"], a["BLOCK_D"], a["BLOCK_F"], a["z"].element_size()
-    blocks, columns = len(a["blocks"]), ceil_div(d, a["BLOCK_D"])
+    bt, bd, size = a["BLOCK_T"], a["BLOCK_D"], a["z"].element_size()
+    y_columns, w_columns = bd + a["MORE_D"], a["BLOCK_F"] + a["MORE_F"]
+    blocks = len(a["state"] if a["NO_TOKENS"] else a["blocks"])
     y_size = FLOAT32 if a["PRESERVE"] and a["SUPER"] else size
     traffic = 0.0
     tiles = []
@@ -44,10 +45,10 @@ def scan_fwd_step(a: Arguments) -> Work:
             seen = (i * bt + bt - 1) // k * k if a["SUPER"] else 0
             tiles.append(
                 Tiles(
-                    blocks * columns,
-                    flops=2.0 * bt * bd * (f + seen),
-                    loads=size * (bt + bd) * float(f + seen),
-                    tail=y_size * bt * bd,
+                    blocks * ceil_div(d, y_columns),
+                    flops=2.0 * bt * y_columns * (f + seen),
+                    loads=size * (bt + y_columns) * float(f + seen),
+                    tail=y_size * bt * y_columns,
                 )
             )
         scores = size * t * t / 2 if a["SUPER"] else 0
@@ -55,9 +56,11 @@ def scan_fwd_step(a: Arguments) -> Work:
     written = 0 if a["NO_TOKENS"] else t
     count = a["programs"] - a["apply_tiles"]  # of the write
     if count:
-        state = a["base"].element_size() + FLOAT32 + size
+        read, area = a["base"].element_size(), bd * w_columns
+        state = read + FLOAT32 + size
+        loads = float(size * (bd + w_columns) * written)
         tiles.append(
-            Tiles(count, 2.0 * bd * bf * written, size * (bd + bf) * float(written), float(state * bd * bf))
+            Tiles(count, 2.0 * area * written, loads, float(state * area), tail_reads=float(read * area))
         )
         traffic += blocks * (state * d * f + size * written * (d + (0 if a["apply_tiles"] else f)))
     return Work(tuple(tiles), traffic)
@@ -83,24 +86,27 @@ def scan_fwd_rescale(a: Arguments) -> Work:
 
 # --- scan, backward -------------------------------------------------------------------------------
 def scan_bwd_leave(a: Arguments) -> Work:
-    moved = FLOAT32 if a["RATIO"] else 2 * FLOAT32 + FLOAT32 * a["PRESERVE"] + _rounded_copy(a)
-    return _state_tiles(a, a["BLOCK"], moved)
+    read = FLOAT32 if a["RATIO"] else FLOAT32 * (1 + a["PRESERVE"])
+    return _state_tiles(a, a["BLOCK"], read, 0 if a["RATIO"] else FLOAT32 + _rounded_copy(a))
 
 
 def scan_bwd_enter(a: Arguments) -> Work:
-    moved = a["base"].element_size() + FLOAT32 + _rounded_copy(a)
-    return _state_tiles(a, a["BLOCK"] * a["SUBTRACT"], moved)
+    return _state_tiles(
+        a, a["BLOCK"] * a["SUBTRACT"], a["base"].element_size(), FLOAT32 + _rounded_copy(a)
+    )
 
 
 def _rounded_copy(a: Arguments) -> int:
     return a["z"].element_size() if a["SHADOW"] else 0
 
 
-def _state_tiles(a: Arguments, summed: int, moved: int) -> Work:
-    """Tiles of the state that sum over `summed` tokens and move `moved` bytes an element."""
-    d, f, size, bd, bf = a["D"], a["F"], a["z"].element_size(), a["BLOCK_D"], a["BLOCK_F"]
-    loads, tail = float(size * (bd + bf) * summed), float(moved * bd * bf)
-    tile = Tiles(a["programs"], 2.0 * bd * bf * summed, loads, tail)
+def _state_tiles(a: Arguments, summed: int, read: int, stored: int) -> Work:
+    """Tiles of the state that sum over `summed` tokens; `read` and `stored`: bytes an element after that."""
+    d, f, size = a["D"], a["F"], a["z"].element_size()
+    bd, bf = a["BLOCK_D"], a["BLOCK_F"] + a["MORE_F"]
+    moved, area = read + stored, bd * bf
+    loads, tail, reads = (float(n) for n in (size * (bd + bf) * summed, moved * area, read * area))
+    tile = Tiles(a["programs"], 2.0 * area * summed, loads, tail, tail_reads=reads)
     return Work((tile,), float(len(a["blocks"]) * (moved * d * f + size * summed * (d + f))))
 
 

@@ -21,6 +21,13 @@ class Code:
     opcodes: list[str]
     loops: list[tuple[int, int]]
 
+    @property
+    def wgmma_waits(self) -> int:
+        """Warp-group products of sm_90 after which a wait comes before the next one."""
+        is_wait = [op.startswith("WARPGROUP.DEPBAR") for op in self.opcodes
+                   if op.startswith(("HGMMA", "WARPGROUP.DEPBAR"))]  # fmt: skip
+        return sum(wait and not before for before, wait in zip(is_wait, is_wait[1:], strict=False))
+
     def multiplying_loops(self) -> list[list[str]]:
         """The innermost loops that hold matrix instructions: of each the shortest stretch that it lies in. (A
         branch back from code that was moved out of a loop goes over a long one.)"""
@@ -32,15 +39,19 @@ class Code:
 
 def parse_code(text: str) -> Code:
     """What nvdisasm prints: lines such as `.L_x_2:` and `/*0a40*/   @!P0 LDG.E.128 R4, [R2.64] ;`."""
-    opcodes, labels, loops = [], {}, []
+    opcodes, labels, loops, last_exit = [], {}, [], -1
     for line in text.splitlines():
         if label := re.match(r"(\.L_\w+):", line):
             labels[label[1]] = len(opcodes)
-        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)(.*)", line):
-            target = re.search(r"`\((\.L_\w+)\)", found[2])
-            if target and target[1] in labels:
+        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(@!?\w+\s+)?([A-Z][\w.]*)(.*)", line):
+            predicate, opcode, rest = found.groups()
+            target = re.search(r"`\((\.L_\w+)\)", rest)
+            # Behind an EXIT lies what was moved out of the way: a branch from there back is no loop.
+            if target and labels.get(target[1], -1) > last_exit:
                 loops.append((labels[target[1]], len(opcodes)))
-            opcodes.append(found[1])
+            if opcode == "EXIT" and not predicate:
+                last_exit = len(opcodes)
+            opcodes.append(opcode)
     return Code(opcodes, loops)
 
 

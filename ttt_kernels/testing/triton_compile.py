@@ -151,6 +151,7 @@ def read(launch: Launch, compiled, architecture: int) -> KernelReport:
         tma=ptx.count("cp.async.bulk.tensor"),
         load_bytes=tuple(sorted(loads.items())),
         store_bytes=tuple(sorted(stores.items())),
+        wgmma_waits=code.wgmma_waits,
     )
 
 

@@ -7,8 +7,8 @@
 // While a tile is multiplied the assistants sum the norms of the columns of an apply tile, or bring the state
 // of a write tile into L2.
 //
-// Cost of a write tile of C tokens, kN = 192: 12 C cycles of wgmma, and 240 KB of state, which at 64 B a cycle
-// to and from L2 take 4 thousand cycles, while another tile is multiplied.
+// Cost of a write tile of C tokens, kN = 192: 12 C cycles of wgmma; and, while another tile is multiplied, six
+// waits for L2 and 240 KB of state to and from it, 4 thousand cycles at 64 B a cycle.
 #include "sm90_tiles.cuh"
 
 namespace ttt::scan::sm90 {

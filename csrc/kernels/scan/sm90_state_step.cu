@@ -2,8 +2,9 @@
 // on the pipeline of sm90_pipeline.cuh. What the end of a tile reads is brought into L2 by the assistants
 // while it is multiplied.
 //
-// Cost of a tile over C tokens, kN = 192: 12 C cycles of wgmma, while the end of another takes, at 64 B a cycle
-// to and from L2, 4 thousand (enter), 1.5 (products), 4 or with c 5.5 (leave).
+// Cost of a tile over C tokens, kN = 192: 12 C cycles of wgmma; and, while another tile is multiplied, six waits
+// for L2 (leave: twelve) and at 64 B a cycle to and from it 4 thousand (enter), 1.5 (products), 4 or with c 5.5
+// (leave).
 #include "sm90_tiles.cuh"
 
 namespace ttt::scan::sm90 {

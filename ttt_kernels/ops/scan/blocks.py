@@ -75,19 +75,19 @@ def block_table(
 
 
 def _dense(batch: int, tokens: int, chunk_size: int, block: int, device: torch.device) -> BlockTable:
-    """On the device throughout: nothing is copied to it, so that a graph can capture the call."""
+    """On the device throughout: nothing is copied to it, so that a graph can capture the call. In few
+    launches: small models have time for few."""
     count = ceil_div(tokens, block) if batch else 0
-    start = torch.arange(count, device=device)[:, None] * block
+    start = torch.arange(0, count * block, block, device=device)[:, None]
     row = torch.arange(batch, device=device)[None, :]
-    length = (tokens - start).clamp(max=block)
     full = tokens // chunk_size * chunk_size
     columns = (
-        row * tokens + start,
-        length,
-        (full - start).clamp(min=0).minimum(length),
+        torch.add(start, row, alpha=tokens),
+        (tokens - start).clamp(max=block),
+        (full - start).clamp(0, block),
         row,
-        row * ceil_div(tokens, chunk_size) + start // chunk_size,
-        (start + block >= tokens).to(torch.int64),
+        torch.add(start // chunk_size, row, alpha=ceil_div(tokens, chunk_size)),
+        (start + (block - tokens + 1)).clamp(0, 1),  # 1 once start + block >= tokens
     )
     shape = (count, batch)
     rows = torch.stack([c.expand(shape) for c in columns], dim=-1).view(-1, COLUMNS)

@@ -18,12 +18,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 
 from ttt_kernels.types import ceil_div
 
 # FLOPs a GEMM does in the time one byte of state is read or written. CPU: 177 GFLOP/s float32
 # against about 20 GB/s on 2 cores; GPU: the bf16 rate and memory bandwidth of an H200, 788 / 4.0.
 BALANCE = {"cpu": 9.0, "cuda": 197.0}
+
+INTERPRETED = 0
+# Multiprocessors of the largest GPU of an architecture: what has to be kept busy.
+PROCESSORS = {INTERPRETED: 1, 80: 108, 86: 84, 90: 132, 100: 148, 120: 170}
 
 # Tokens handled at a time inside one chunk, so that scratch memory does not grow with C.
 TOKEN_TILE = 1024
@@ -40,39 +45,26 @@ def super_chunk(chunk_size: int, d: int, f: int, device_type: str) -> int:
     return chunk_size * max(1, round(best / chunk_size))
 
 
-def fused_super_chunk(chunk_size: int, d: int, f: int) -> int:
-    """Tokens per state write of the fused kernels: a multiple of `chunk_size`.
+def strip_width(columns: int) -> int:
+    """Columns of the strips that `rescale` walks: so many that every multiprocessor has one, but not fewer
+    than fill its products.
 
-    They read and write the state (10 D F bytes with its rounded copy) while they multiply, so that a
-    block costs the longer of the two, and the attention form only its lower triangle. Per token, in FLOPs:
-
-        cost(S) = max(4 D F, 10 D F balance / S)  +  S (D + F)        (last term only where S > C)
-
-    which is least at `min(2.5 balance, sqrt(10 D F balance / (D + F)))`: one of the two multiples of
-    C around it.
-
-    >>> fused_super_chunk(1024, 4096, 14336), fused_super_chunk(64, 4096, 14336)
-    (1024, 512)
+    >>> strip_width(1024), strip_width(8192)
+    (16, 32)
     """
-    balance = BALANCE["cuda"]
-
-    def cost(length: int) -> float:
-        attention = length * (d + f) if length > chunk_size else 0
-        return max(4 * d * f, 10 * d * f * balance / length) + attention
-
-    best = min(2.5 * balance, math.sqrt(10 * d * f * balance / (d + f))) if d and f else 1
-    chunks = max(1, math.floor(best / chunk_size))
-    return min((chunks * chunk_size, (chunks + 1) * chunk_size), key=cost)
+    return 32 if columns >= 32 * PROCESSORS[90] else 16
 
 
 @dataclass(frozen=True)
 class Tiles:
     """Tile of the fused scan kernels: y [t, d], W [d, f], and k of whatever is summed over.
 
+    `more_d`, `more_f`: the forward's tiles have a second part beside the first, y [t, d + more_d] and
+    W [d, f + more_f]. `registers` a thread, where the compiler has to be held to them so that two programs
+    share a multiprocessor: the tail of one then hides behind the other.
+
     Shared memory: stages * k * (the two operand edges) * itemsize, at most what a block of the
-    architecture may have. Registers: t * d or d * f float32 accumulators over 32 * warps threads.
-    `registers` a thread, where the compiler has to be held to them so that two programs share a
-    multiprocessor: the tail of one then hides behind the other.
+    architecture may have. Registers: float32 accumulators of a tile over 32 * warps threads.
     """
 
     t: int
@@ -82,6 +74,16 @@ class Tiles:
     warps: int
     stages: int
     registers: int | None = None
+    more_d: int = 0
+    more_f: int = 0
+
+    @property
+    def y_columns(self) -> int:
+        return self.d + self.more_d
+
+    @property
+    def w_columns(self) -> int:
+        return self.f + self.more_f
 
     @property
     def launch(self) -> dict[str, int]:
@@ -90,11 +92,8 @@ class Tiles:
         return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
-INTERPRETED = 0
-# Multiprocessors of the largest GPU of an architecture: what has to be kept busy.
-PROCESSORS = {INTERPRETED: 1, 80: 108, 86: 84, 90: 132, 100: 148, 120: 170}
-# Candidates by (architecture, bytes of an operand), and by how much slower than the first per FLOP each
-# is taken to be: a smaller tile reads its operands more often.
+# Candidates by architecture, and by how much slower than the first per FLOP each is taken to be: a smaller
+# tile reads its operands more often.
 _WIDE = {
     80: ((Tiles(128, 128, 128, 32, 8, 4), 1.0), (Tiles(64, 128, 64, 32, 4, 4), 1.25)),
     86: ((Tiles(128, 128, 128, 32, 8, 4), 1.0), (Tiles(64, 64, 64, 32, 4, 4), 1.4)),
@@ -104,8 +103,13 @@ _WIDE = {
           (Tiles(64, 128, 64, 64, 4, 4), 1.5)),
     120: ((Tiles(128, 128, 128, 32, 8, 3), 1.0), (Tiles(64, 64, 64, 32, 4, 4), 1.4)),
 }  # fmt: skip
+# Besides, of the forward and of the backward's state, where accumulators need few registers beside them:
+# tiles in two parts. There L2 bounds a tile: FLOPs of a multiprocessor while a byte arrives, and while a tile
+# starts (1 us).
+_PARTS = (Tiles(128, 128, 128, 32, 8, 5, 128, 64, 64), Tiles(128, 128, 128, 32, 8, 5, 128, 0, 64))
+_FEED = {90: (88, 6.0e6), 100: (95, 12.1e6)}
 _FLOAT32 = ((Tiles(64, 64, 64, 16, 4, 3), 1.0), (Tiles(32, 64, 32, 16, 4, 3), 1.4))
-_INTERPRETER = ((Tiles(16, 16, 32, 16, 4, 1), 1.0),)
+_INTERPRETER = ((Tiles(16, 16, 32, 16, 4, 1, more_d=8, more_f=16), 1.0),)
 
 
 def known_architecture(architecture: int) -> int:
@@ -114,31 +118,87 @@ def known_architecture(architecture: int) -> int:
 
 
 def forward_tiles(
-    architecture: int, itemsize: int, blocks: int, tokens: int, d: int, f: int
+    architecture: int, itemsize: int, blocks: int, tokens: int, d: int, f: int, *, super_chunk: bool
 ) -> Tiles:
-    """Tiles of the forward step: the candidate with the least predicted time of one launch.
-
-    One launch holds `blocks` blocks of `tokens` tokens: apply tiles of 2 t d F FLOPs and write tiles of
-    2 d f tokens FLOPs, handed to the multiprocessors longest first, so that it takes about
-
-        max(longest tile, all tiles / multiprocessors) * slowness of the candidate
-    """
+    """Tiles of the forward step: the candidate with the least predicted time of one launch (`_step_time`)."""
     architecture = known_architecture(architecture)
     if not architecture:
         candidates = _INTERPRETER
     elif itemsize == 4:
         candidates = _FLOAT32
+    elif architecture in _FEED:  # which knows what is slow
+        # In a super-chunk the scores pass through registers that a second part of y would need.
+        parts = [t for t in _PARTS if not (t.more_d and super_chunk)]
+        candidates = [(tile, 1.0) for tile in (*(t for t, _ in _WIDE[architecture]), *parts)]
     else:
         candidates = _WIDE[architecture]
+    sizes = architecture, itemsize, blocks, tokens, d, f, super_chunk
+    return min(candidates, key=lambda c: _step_time(c[0], *sizes) * c[1])[0]
 
-    def time(candidate: tuple[Tiles, float]) -> float:
-        tile, slowness = candidate
-        apply, write = tile.t * tile.d * f, tile.d * tile.f * tokens
-        rows, columns = ceil_div(tokens, tile.t), ceil_div(d, tile.d)
-        total = blocks * columns * (rows * apply + ceil_div(f, tile.f) * write)
-        return max(apply, write, total / PROCESSORS[architecture]) * slowness
 
-    return min(candidates, key=time)[0]
+def _tile_time(
+    t: Tiles, architecture: int, itemsize: int, rows: int, columns: int, summed: int, read: int, stored: int
+) -> float:
+    """Time of a tile [rows, columns] that sums over `summed` and then reads and stores so many bytes an
+    element, in FLOPs that a multiprocessor could do.
+
+    Where L2 bounds it, it multiplies or waits for its operands; its start and tail come on top, unless
+    another program of the multiprocessor hides them and only waits with it for what L2 delivers.
+    """
+    feed, start = _FEED.get(architecture, (0, 0.0)) if itemsize == 2 else (0, 0.0)
+    multiply, loads = 2 * rows * columns * summed, feed * itemsize * (rows + columns) * summed
+    reads, tail = (feed * size * rows * columns for size in (read, read + stored))
+    if t.registers is None and t.warps > 4:
+        return start + max(multiply, loads) + tail
+    return max(multiply, loads + reads, tail)
+
+
+def _step_time(
+    t: Tiles, architecture: int, itemsize: int, blocks: int, tokens: int, d: int, f: int, super_chunk: bool
+) -> float:
+    """Time of one launch of the forward step, in the same FLOPs.
+
+    One launch holds `blocks` blocks of `tokens` tokens: apply tiles of 2 t d F FLOPs and write tiles of
+    2 d f tokens FLOPs, handed to the multiprocessors longest first, so that it takes about
+
+        max(longest tile, all tiles / multiprocessors)
+    """
+    machine = t, architecture, itemsize
+    apply = _tile_time(*machine, t.t, t.y_columns, f + (tokens // 2 if super_chunk else 0), 0, itemsize)
+    write = _tile_time(*machine, t.d, t.w_columns, tokens, 4, 4 + itemsize)
+    reading = ceil_div(tokens, t.t) * ceil_div(d, t.y_columns)
+    writing = ceil_div(d, t.d) * ceil_div(f, t.w_columns)
+    return max(apply, write, blocks * (reading * apply + writing * write) / PROCESSORS[architecture])
+
+
+@cache
+def fused_super_chunk(chunk_size: int, d: int, f: int, rows: int = 1) -> int:
+    """Tokens per state write of the fused kernels: a multiple of `chunk_size`. `rows` of the batch share a
+    launch.
+
+    Of the lengths up to 1024 the one with the least time a token on sm_90 in 16 bits: a launch of the forward
+    step (`_step_time`, or its bytes through memory if these take longer) and what it costs to start one and,
+    for more than one chunk, the (S + C) F FLOPs a token of the scores, 1.4 times since L2 feeds their tiles.
+    Longer blocks would make the forward of the largest models 1% faster, and take memory and the time of the
+    backward. Chunks of more than 256 stand alone: their own scores and, with row norms, walking them cost
+    more than rarer writes save.
+
+    >>> fused_super_chunk(1024, 4096, 14336), fused_super_chunk(64, 4096, 14336)
+    (1024, 1024)
+    """
+    if not d or not f or chunk_size > 256:
+        return chunk_size
+    processors, start = PROCESSORS[90], _FEED[90][1]
+
+    def cost(length: int) -> float:
+        sizes = 90, 2, rows, length, d, f, length > chunk_size
+        tiles = forward_tiles(*sizes[:-1], super_chunk=sizes[-1])
+        memory = 10 * d * f * rows * BALANCE["cuda"] / processors
+        scores = length * (length + chunk_size) * f * rows / processors if length > chunk_size else 0
+        return (3 * start + max(_step_time(tiles, *sizes), memory) + 1.4 * scores) / length
+
+    unit = chunk_size * max(1, 128 // chunk_size)
+    return min((chunk_size, *(n for n in range(unit, 1025, unit) if n > chunk_size)), key=cost)
 
 
 # How one block is read and written. "fused": one launch for both. "split": the library's matrix product
@@ -178,7 +238,8 @@ def backward_tiles(
     """Tiles of the backward's launches over tokens ([t, d], also of dZ) and over the state ([d, f]).
 
     Of `blocks` blocks of `tokens` tokens, in whole waves: a multiprocessor holds one token tile, and two
-    of the state where their accumulators leave room, so that one multiplies while the other is stored.
+    of the state where their accumulators leave room, so that one multiplies while the other is stored. Those
+    of the state may have a second part.
     """
     architecture = known_architecture(architecture)
     candidates = _FLOAT32 if itemsize == 4 else _WIDE.get(architecture, ())
@@ -195,8 +256,12 @@ def backward_tiles(
 
     def state_time(candidate: tuple[Tiles, float]) -> float:
         tile, slowness = candidate
-        tiles = blocks * ceil_div(d, tile.d) * ceil_div(f, tile.f)
-        return tile.d * tile.f * ceil_div(tiles, processors) * slowness
+        waves = ceil_div(blocks * ceil_div(d, tile.d) * ceil_div(f, tile.w_columns), processors)
+        return waves * slowness * _tile_time(
+            tile, architecture, itemsize, tile.d, tile.w_columns, tokens, 4, 4 + itemsize
+        )
 
     small = [c for c in candidates if c[0].d * c[0].f <= 128 * 128]
+    if architecture in _FEED and itemsize == 2 and len(candidates) > 1:
+        small = [(tile, 1.0) for tile in (*(t for t, _ in small), _PARTS[1])]
     return min(candidates, key=token_time)[0], min(small, key=state_time)[0]

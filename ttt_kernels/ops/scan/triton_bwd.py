@@ -21,6 +21,8 @@ In a super-chunk the token kernel adds the attention form, and further launches 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -29,31 +31,27 @@ from torch import Tensor
 from ttt_kernels.ops._row_norm import initial_weight_gradient, square_norm
 from ttt_kernels.ops.scan.blocks import BlockTable, block_table
 from ttt_kernels.ops.scan.heuristics import Tiles, backward_tiles, fused_super_chunk
-from ttt_kernels.ops.scan.triton_bwd_state import (
-    quarter,
-    scan_bwd_enter_kernel,
-    scan_bwd_leave_kernel,
-)
+from ttt_kernels.ops.scan.triton_bwd_state import scan_bwd_enter_kernel, scan_bwd_leave_kernel
 from ttt_kernels.ops.scan.triton_bwd_super import (
     SuperChunks,
     add_later_readers,
     add_mixed,
     add_row_products,
 )
-from ttt_kernels.ops.scan.triton_fwd import FLOOR, load_block, row_ratio, sum_partials
-from ttt_kernels.ops.triton_launch import architecture, input_precision, launch
+from ttt_kernels.ops.scan.triton_fwd_step import FLOOR, load_block, piece, row_ratio, sum_partials
+from ttt_kernels.ops.triton_launch import architecture, descriptors, input_precision, launch
 from ttt_kernels.types import ceil_div
 
 
 @triton.jit
 def add_times_weight(
-    a, weight, r_t, r_f, D, F, b, EVEN_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr
+    a, weight, r_t, r_f, size, D, F, b, EVEN_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """b [t, f] + a [t, d] weight [d, f], for rows r_t of a and columns r_f of the weight."""
     o_k = tl.arange(0, BLOCK_K)
     p_a = a + (r_t[:, None] * D + o_k[None, :])
     p_w = weight + (o_k[:, None] * F + r_f[None, :])
-    for i_k in range(0, D, BLOCK_K):
+    for i_k in range(0, size, BLOCK_K):
         if EVEN_D:
             b_a, b_w = tl.load(p_a), tl.load(p_w)
         else:
@@ -131,15 +129,15 @@ def scan_bwd_token_kernel(
     i_block = i_row.to(tl.int64) * BLOCK if PRESERVE else first  # the block's place in dy
     i_pair = i_row.to(tl.int64) * BLOCK * BLOCK
     i_state = i_sequence * D * F
-    b = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if is_value:
         if start < (written if SUPER else reached):
+            b = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
             r_d = o_n if EVEN_D else tl.minimum(o_n, D - 1)
-            if start < reached:
-                p_g = grad_shadow + i_state + i_n.to(tl.int64) * BLOCK_N * F
-                r_n = r_d - i_n * BLOCK_N
-                b = add_row_products(z + i_first * F, p_g, r_t, r_n, F, b, EVEN_F, PRECISION, BLOCK_K)
+            p_g = grad_shadow + i_state + i_n.to(tl.int64) * BLOCK_N * F
+            r_n = r_d - i_n * BLOCK_N
+            summed = tl.where(start < reached, F, 0)
+            b = add_row_products(z + i_first * F, p_g, r_t, r_n, summed, F, b, EVEN_F, PRECISION, BLOCK_K)
             if SUPER:
                 b = add_later_readers(
                     dy + i_block * D, scores + i_pair, start, o_t, r_d, tokens, b,
@@ -151,7 +149,7 @@ def scan_bwd_token_kernel(
                 o_d = i_n * BLOCK_N + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
                 o_v = i_first * D + (tl.arange(0, BLOCK_T)[:, None] * D + o_d[None, :])
                 m_v = m_t[:, None] & (o_d < D)[None, :]
-                b_q = quarter(b, i, BLOCK_T, BLOCK_N)
+                b_q = piece(b, i, 4, BLOCK_T, BLOCK_N)
                 if SUPER and PRESERVE:
                     b_q += tl.load(extra + (i_block - first) * D + o_v, mask=m_v, other=0.0)
                 tl.store(dv + o_v, (b_q * b_step).to(dv.dtype.element_ty), mask=m_v)
@@ -166,14 +164,15 @@ def scan_bwd_token_kernel(
                     b_part = tl.where(o_t // CHUNK == i_c, b_dstep, 0.0)[:, None]
                     tl.store(p_part + tl.arange(0, 1), tl.sum(b_part, axis=0))
     elif start < tokens:
+        b = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
         r_f = o_n if EVEN_F else tl.minimum(o_n, F - 1)
-        if start < reached:
-            p_g = grad_shadow + i_state
-            b = add_times_weight(v + i_first * D, p_g, r_t, r_f, D, F, b, EVEN_D, PRECISION, BLOCK_K)
-            b *= token_steps(step_size + i_chunk, lr, o_t, m_t, CHUNK, HAS_STEPS)[:, None]
-            b = tl.where(m_t[:, None], b, 0.0)
+        p_g = grad_shadow + i_state
+        summed = tl.where(start < reached, D, 0)
+        b = add_times_weight(v + i_first * D, p_g, r_t, r_f, summed, D, F, b, EVEN_D, PRECISION, BLOCK_K)
+        b *= token_steps(step_size + i_chunk, lr, o_t, m_t, CHUNK, HAS_STEPS)[:, None]
+        b = tl.where(m_t[:, None], b, 0.0)
         p_dy = dy + (i_block + start) * D
-        b = add_times_weight(p_dy, shadow + i_state, r_t, r_f, D, F, b, EVEN_D, PRECISION, BLOCK_K)
+        b = add_times_weight(p_dy, shadow + i_state, r_t, r_f, D, D, F, b, EVEN_D, PRECISION, BLOCK_K)
         if SUPER:
             b = add_mixed(
                 z + first * F, mixed + i_pair, start, o_t, r_f, tokens, written, b,
@@ -209,7 +208,7 @@ class Backward:
         self.grad_shadow = self.grad.to(z.dtype) if self.rounded else self.grad
         self.dz, self.dv = torch.empty_like(z), torch.zeros_like(v)
         self.steps = {"step_size": step_size if self.has_steps else carried, "lr": lr}
-        self.parts = ceil_div(self.f, self.state_tile.f)
+        self.parts = ceil_div(self.f, self.state_tile.w_columns)
         sequences, tokens = (table.sequences, rows * table.length) if preserve else (0, 0)
         self.norms, self.products = (self.float32(sequences, self.parts, self.d) for _ in range(2))
         self.ratio, self.pull = (self.float32(sequences, self.d) for _ in range(2))
@@ -237,15 +236,23 @@ class Backward:
             options.pop("maxnreg", None)
         return dict(
             D=self.d, F=self.f, PRECISION=self.precision, EVEN_D=self.d % t.d == 0,
-            EVEN_F=self.f % t.f == 0, BLOCK_D=t.d, BLOCK_F=t.f, BLOCK_K=t.k, **options,
+            EVEN_F=self.f % t.w_columns == 0, BLOCK_D=t.d, BLOCK_F=t.f, MORE_F=t.more_f, BLOCK_K=t.k,
+            **options,
         )  # fmt: skip
 
-    def token_cut(self, t: Tiles) -> dict:
-        """The same of launches over tiles of tokens."""
+    def state_views(self, a: Tensor, even: bool) -> dict:
+        """Descriptors of Z and `a` [tokens, D] for sums over tokens, if no tile of them is cut (`even`)."""
+        t, z = self.state_tile, self.z.flatten(0, 1)
+        wanted = {"z_columns": (z, t.k, t.f), "z_more": (z, t.k, t.more_f), "a_columns": (a, t.k, t.d)}
+        return descriptors(wanted, even)
+
+    def token_cut(self, t: Tiles, *, bounded: bool = False) -> dict:
+        """The same of launches over tiles of tokens. `bounded`: in the registers that the tile asks for."""
         n = max(t.d, t.k)
+        options = t.launch if bounded else replace(t, registers=None).launch
         return dict(
             D=self.d, F=self.f, BLOCK=self.table.length, PRECISION=self.precision, EVEN_D=self.d % n == 0,
-            EVEN_F=self.f % n == 0, BLOCK_T=t.t, BLOCK_K=t.k, num_warps=t.warps, num_stages=t.stages,
+            EVEN_F=self.f % n == 0, BLOCK_T=t.t, BLOCK_K=t.k, **options,
         )  # fmt: skip
 
     def state_tiles(self, blocks: Tensor) -> tuple[int]:
@@ -260,6 +267,7 @@ class Backward:
             BLOCK=self.table.length, base_stride=self.d * self.f if base.dim() == 3 else 0, LAST=last,
             SUBTRACT=subtract, PRESERVE=self.preserve, SUPER=self.super, SHADOW=self.rounded,
             EVEN_C=self.chunk % self.state_tile.k == 0, **self.chunks,
+            **self.state_views(self.v.flatten(0, 1), self.chunk % self.state_tile.k == 0),
             **self.state_cut(rescales=self.super and self.has_steps),
         )  # fmt: skip
 
@@ -267,13 +275,14 @@ class Backward:
         """G after block n becomes G before it; with `ratio`, the sums that have to come first."""
         blocks = self.table.of(n)
         local = self.super and self.preserve
+        dy = self.dy_block if local else self.dy
         launch(
-            scan_bwd_leave_kernel, self.state_tiles(blocks), z=self.z,
-            dy=self.dy_block if local else self.dy, weight=self.weight, grad=self.grad,
-            grad_shadow=self.grad_shadow, products=self.products, ratio=self.ratio, pull=self.pull,
-            blocks=blocks, BLOCK=self.table.length, RATIO=ratio, LOCAL=local, PRESERVE=self.preserve,
-            SCALE=self.preserve and not self.super, SHADOW=self.rounded, EVEN_T=self.even_blocks,
-            **self.state_cut(),
+            scan_bwd_leave_kernel, self.state_tiles(blocks), z=self.z, dy=dy, weight=self.weight,
+            grad=self.grad, grad_shadow=self.grad_shadow, products=self.products, ratio=self.ratio,
+            pull=self.pull, blocks=blocks, BLOCK=self.table.length, RATIO=ratio, LOCAL=local,
+            PRESERVE=self.preserve, SCALE=self.preserve and not self.super, SHADOW=self.rounded,
+            EVEN_T=self.even_blocks,
+            **self.state_views(dy.view(-1, self.d), self.even_blocks), **self.state_cut(),
         )  # fmt: skip
 
     def norm(self, n: int) -> None:
@@ -300,7 +309,7 @@ class Backward:
             scores=part.scores if part else self.z, mixed=part.mixed if part else self.z,
             extra=part.raw if part else self.z, dsteps=self.dsteps, blocks=blocks,
             value_tiles=value_tiles, HAS_DSTATE=self.has_dstate, PRESERVE=self.preserve,
-            SUPER=self.super, BLOCK_N=t.d, **self.chunks, **self.token_cut(t),
+            SUPER=self.super, BLOCK_N=t.d, **self.chunks, **self.token_cut(t, bounded=not self.super),
         )  # fmt: skip
 
     def run(self, return_state: bool) -> None:
@@ -351,7 +360,7 @@ def backward(
     """dz, dv, dw0, dstep_size, dstate, as `eager_bwd.backward`."""
     batch, tokens = z.shape[:2]
     chunk = min(chunk_size, max(tokens, 1) + 1)  # the same chunks, and no overflow
-    block = fused_super_chunk(chunk, *w0.shape)
+    block = fused_super_chunk(chunk, *w0.shape, batch)
     table = block_table(batch, tokens, chunk, block, cu_seqlens, z.device)
     part = Backward(
         dy, dstate, carried, z, v, w0, step_size, lr, state, table, chunk, preserve_row_norm,

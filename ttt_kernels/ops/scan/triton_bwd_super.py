@@ -26,20 +26,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttt_kernels.ops.scan.triton_fwd import FLOOR, load_block, row_ratio, sum_partials
+from ttt_kernels.ops.scan.triton_fwd_step import FLOOR, load_block, row_ratio, sum_partials
 from ttt_kernels.ops.triton_launch import launch
 from ttt_kernels.types import ceil_div
 
 
 @triton.jit
 def add_row_products(
-    a, b, r_a, r_b, size, acc, EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr
+    a, b, r_a, r_b, summed, size, acc, EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """acc + a b^T, for rows r_a of a and r_b of b, of `size` numbers each."""
+    """acc + a b^T, for rows r_a of a and r_b of b, of `size` numbers each, all or none `summed`."""
     o_k = tl.arange(0, BLOCK_K)
     p_a = a + (r_a[:, None] * size + o_k[None, :])
     p_b = b + (r_b[:, None] * size + o_k[None, :])
-    for i_k in range(0, size, BLOCK_K):
+    for i_k in range(0, summed, BLOCK_K):
         if EVEN:
             b_a, b_b = tl.load(p_a + i_k), tl.load(p_b + i_k)
         else:
@@ -130,7 +130,7 @@ def scan_bwd_read_kernel(
         r_d = o_d if EVEN_D else tl.minimum(o_d, D - 1)
         b = add_row_products(
             z + (first + start) * F, shadow + (i_sequence * D + i_d * BLOCK_D) * F,
-            tl.minimum(tl.arange(0, BLOCK_T), tokens - 1 - start), r_d - i_d * BLOCK_D, F,
+            tl.minimum(tl.arange(0, BLOCK_T), tokens - 1 - start), r_d - i_d * BLOCK_D, F, F,
             tl.zeros([BLOCK_T, BLOCK_D], tl.float32), EVEN_F, PRECISION, BLOCK_K,
         )  # fmt: skip
         b = add_earlier_writes(
@@ -169,16 +169,16 @@ def scan_bwd_scores_kernel(
         zero = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
         if MAKE_P:
             p_z = z + first * F
-            b = add_row_products(p_z, p_z, r_t, r_u, F, zero, EVEN_F, PRECISION, BLOCK_K)
+            b = add_row_products(p_z, p_z, r_t, r_u, F, F, zero, EVEN_F, PRECISION, BLOCK_K)
             tl.store(scores + i_pair + o_tile, b.to(scores.dtype.element_ty), mask=m_tile)
         if MAKE_M:
             p_v, p_dy, p_pulled = v + first * D, dy + i_block * D, pulled + i_block * D
             c_t, c_u = (o_t // CHUNK)[:, None], (o_u // CHUNK)[None, :]
-            b = add_row_products(p_dy, p_v, r_t, r_u, D, zero, EVEN_D, PRECISION, BLOCK_K)
+            b = add_row_products(p_dy, p_v, r_t, r_u, D, D, zero, EVEN_D, PRECISION, BLOCK_K)
             b = tl.where(c_u < c_t, b, 0.0)
             if PRESERVE:
                 if i_t * BLOCK_T // CHUNK <= (i_u * BLOCK_T + BLOCK_T - 1) // CHUNK:
-                    b_g = add_row_products(p_pulled, p_v, r_t, r_u, D, zero, EVEN_D, PRECISION, BLOCK_K)
+                    b_g = add_row_products(p_pulled, p_v, r_t, r_u, D, D, zero, EVEN_D, PRECISION, BLOCK_K)
                     b_g *= tl.where(o_u[None, :] < o_t[:, None], 1.0, 0.5)
                     b += tl.where((c_u == c_t) & (o_u[None, :] <= o_t[:, None]), b_g, 0.0)
             b_step = tl.where(o_u < written, lr, 0.0)
