@@ -139,7 +139,7 @@ cudaError_t launch_columns(const ForwardArguments& arguments, const Device& devi
 
 }  // namespace
 
-// With which the forward ends first, if every cluster gets whole writing tiles. Tiles of 128 take a quarter more
+// With which the forward ends first, if every cluster gets whole writing tiles. Tiles of 128 take 29% more
 // from L2 for each product, which counts as a fifth of the time.
 int tile_columns(const Shape& shape, const Device& device) {
   const std::int64_t write = std::max<std::int64_t>(shape.block_tokens, kStateTokens);

@@ -23,7 +23,7 @@
 // At the full rate of the tensor cores the 40 KB take 53 of the 64 bytes a cycle of a multiprocessor's port. A
 // wgmma reads 2 + 6 KB of shared memory in its 96 cycles, 85 a cycle of 128, and what is loaded is written at
 // 53: together as much as there is at 93% of the full rate. Where such tiles are few, kN = 128 leaves fewer
-// multiprocessors idle (tile_columns), at 88 FLOPs a byte.
+// multiprocessors idle (tile_columns), at 85 FLOPs a byte.
 //
 // Every operand moves in 64 x 64 boxes and one tensor map serves it both ways: as rows along K (kK), or with
 // rows that are K (kMN). K over tokens ends where the block ends: what TMA loads beyond belongs to others

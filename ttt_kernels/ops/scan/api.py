@@ -65,9 +65,10 @@ def fast_weight_scan(
     Cost: 4 D F FLOPs per token forward, 10 D F backward, and about 8 D F / max(C, S*) bytes of state
         traffic per token (`ops/scan/heuristics.py`). Extra memory, whatever T and C, in float32 weights:
         eager one forward (one per sequence where gradients are needed), two in the backward; triton and
-        cuda per sequence two (float32: three) forward, three (float32: two) in the backward, and triton up
-        to half of one more where chunks are short. The backward works in the state that the forward has
-        saved; with `return_state` or `retain_graph=True`, and under torch.compile, it needs one more.
+        cuda per sequence two (float32: three) forward, three (float32: two) in the backward. Where chunks are
+        short triton takes half of one more, at least 2 MiB, and with row norms 8 KiB for each row of w0. The
+        backward works in the state that the forward has saved; with `return_state` or
+        `retain_graph=True`, and under torch.compile, it needs one more.
     Limits: one derivative (the reference has more); under `create_graph=True` a gradient that does not
         depend on y comes back without a graph. Causality holds for finite values: where several
         short chunks are computed together, a NaN in one reaches the outputs of its neighbours. triton

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 from ttt_kernels.types import ceil_div
 
@@ -59,9 +59,9 @@ def strip_width(columns: int) -> int:
 class Tiles:
     """Tile of the fused scan kernels: y [t, d], W [d, f], and k of whatever is summed over.
 
-    `more_d`, `more_f`: the forward's tiles have a second part beside the first, y [t, d + more_d] and
-    W [d, f + more_f]. `registers` a thread, where the compiler has to be held to them so that two programs
-    share a multiprocessor: the tail of one then hides behind the other.
+    `more_d`, `more_f`: tiles have a second part beside the first, the forward's y [t, d + more_d], and
+    W [d, f + more_f] also of the backward. `registers` a thread, where the compiler has to be held to them so
+    that two programs share a multiprocessor: the tail of one then hides behind the other.
 
     Shared memory: stages * k * (the two operand edges) * itemsize, at most what a block of the
     architecture may have. Registers: float32 accumulators of a tile over 32 * warps threads.
@@ -171,7 +171,7 @@ def _step_time(
     return max(apply, write, blocks * (reading * apply + writing * write) / PROCESSORS[architecture])
 
 
-@cache
+@lru_cache(1024)
 def fused_super_chunk(chunk_size: int, d: int, f: int, rows: int = 1) -> int:
     """Tokens per state write of the fused kernels: a multiple of `chunk_size`. `rows` of the batch share a
     launch.
@@ -180,13 +180,13 @@ def fused_super_chunk(chunk_size: int, d: int, f: int, rows: int = 1) -> int:
     step (`_step_time`, or its bytes through memory if these take longer) and what it costs to start one and,
     for more than one chunk, the (S + C) F FLOPs a token of the scores, 1.4 times since L2 feeds their tiles.
     Longer blocks would make the forward of the largest models 1% faster, and take memory and the time of the
-    backward. Chunks of more than 256 stand alone: their own scores and, with row norms, walking them cost
-    more than rarer writes save.
+    backward. Chunks of more than 320 stand alone: there the backward and, with row norms, walking the chunks
+    of a block cost more than rarer writes save, which this cost does not see.
 
     >>> fused_super_chunk(1024, 4096, 14336), fused_super_chunk(64, 4096, 14336)
     (1024, 1024)
     """
-    if not d or not f or chunk_size > 256:
+    if not d or not f or chunk_size > 320:
         return chunk_size
     processors, start = PROCESSORS[90], _FEED[90][1]
 

@@ -106,14 +106,17 @@ scan_bwd_consume = register_op(
 )
 
 
-def _may_consume(return_state: bool) -> bool:
+def _may_consume(dy: Tensor, carried: Tensor, return_state: bool) -> bool:
     """May the backward that runs now overwrite the state that the forward saved?
 
     Not where the caller has it too, as the second output, nor where autograd keeps the graph for another
-    backward. Nor while a compiler traces: what it makes of one backward serves them all. (Hooks on saved
-    tensors that hand out what they keep for themselves have that overwritten.)
+    backward. Nor while a compiler traces: what it makes of one backward serves them all; nor for a batch of
+    gradients (`is_grads_batched`), which is one call of the op each. (Hooks on saved tensors that hand out
+    what they keep for themselves have that overwritten.)
     """
-    if return_state or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or return_state or carried.is_inference():
+        return False
+    if torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.is_legacy_batchedtensor(dy):
         return False
     # Private to torch, which asks the same for AOTAutograd's donated buffers; without it every graph is kept.
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
@@ -144,7 +147,7 @@ class ScanFunction(torch.autograd.Function):
         lr, chunk_size, preserve, return_state, impl = ctx.settings
         dy = z.new_zeros(*z.shape[:2], w0.shape[0]) if dy is None else dy.contiguous()
         dstate = dcarried.contiguous() if return_state and dcarried is not None else None
-        if _may_consume(return_state):
+        if _may_consume(dy, carried, return_state):
             # Beforehand: should this backward fail midway, torch refuses another one of the same graph.
             torch.autograd.graph.increment_version(carried)
             run = scan_bwd_consume

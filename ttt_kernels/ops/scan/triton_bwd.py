@@ -169,7 +169,7 @@ def scan_bwd_token_kernel(
         p_g = grad_shadow + i_state
         summed = tl.where(start < reached, D, 0)
         b = add_times_weight(v + i_first * D, p_g, r_t, r_f, summed, D, F, b, EVEN_D, PRECISION, BLOCK_K)
-        b *= token_steps(step_size + i_chunk, lr, o_t, m_t, CHUNK, HAS_STEPS)[:, None]
+        b *= token_steps(step_size + i_chunk, lr, o_t, o_t < reached, CHUNK, HAS_STEPS)[:, None]
         b = tl.where(m_t[:, None], b, 0.0)
         p_dy = dy + (i_block + start) * D
         b = add_times_weight(p_dy, shadow + i_state, r_t, r_f, D, D, F, b, EVEN_D, PRECISION, BLOCK_K)

@@ -303,7 +303,7 @@ class SuperChunks:
         if n not in self.group:
             # Before their successors are allocated: the views of launch n + 1 hold them too.
             self.group_scores = self.group_mixed = self.scores = self.mixed = None
-            limit = max(len(run.table.of(n)), run.d * run.f // (4 * length**2))
+            limit = max(len(run.table.of(n)), run.d * run.f // (2 * run.z.element_size() * length**2))
             start = min(n, bisect_left(offsets, offsets[n + 1] - limit))
             blocks, self.group = run.table.rows[offsets[start] : offsets[n + 1]], range(start, n + 1)
             self.group_scores = run.z.new_empty(len(blocks), length, length)
@@ -317,7 +317,7 @@ class SuperChunks:
 
     def block(self, n: int) -> None:
         """With preservation: dY'', M, extra (in `raw`) and the gradients of the norms of block n."""
-        run, t = self.run, self.run.state_tile  # half as wide as tiles of tokens: dV has few columns
+        run, t = self.run, self.run.state_tile  # narrower than tiles of tokens: dV has few columns
         blocks, length, width = run.table.of(n), run.table.length, min(t.d, 64)
         columns = ceil_div(run.d, t.d)
         launch(

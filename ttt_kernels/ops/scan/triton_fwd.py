@@ -124,7 +124,8 @@ class Forward:
             return self.empty
         length, offsets = self.length, self.table.offsets
         if n not in self.group:
-            limit = offsets[n] + max(len(self.table.of(n)), self.d * self.f // length**2)
+            most = 2 * self.d * self.f // (self.z.element_size() * length**2)
+            limit = offsets[n] + max(len(self.table.of(n)), most)
             stop = max(n + 1, bisect_right(offsets, limit) - 1)
             blocks, t = self.table.rows[offsets[n] : offsets[stop]], self.tiles
             self.group_scores = None  # before its successor is allocated

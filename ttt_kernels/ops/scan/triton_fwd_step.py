@@ -68,15 +68,15 @@ def piece(x, i: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, COLUMNS:
 def next_scale(scale, kept, step):
     """For a sum of chunks, each times its own step, in one accumulator: it holds the sum so far over `scale`,
     and is multiplied by `factor` where the next chunk starts. A chunk whose step is 0, or 2^-60 of `kept`,
-    the last one that was not, is added with so small a step that nothing of it remains: what is loaded must
-    not depend on the steps, or it could not be loaded ahead.
+    the largest so far, is added with so small a step that nothing of it remains: what is loaded must not
+    depend on the steps, or it could not be loaded ahead.
 
     Returns:
         scale, kept, factor.
     """
     least = tl.maximum(tl.abs(kept) * 8.673617379884035e-19, 1e-37)
     counts = (tl.abs(step) > least) | (step != step)  # NaN counts
-    kept = tl.where(counts, step, kept)
+    kept = tl.where(counts & ((tl.abs(step) > tl.abs(kept)) | (step != step)), step, kept)
     after = tl.where(counts, step, tl.where(kept == 0, 0.0, least))
     return after, kept, tl.where(after == 0, 1.0, tl.div_rn(scale, tl.where(after == 0, 1.0, after)))
 
