@@ -50,11 +50,12 @@ struct ForwardTiles {
     if (is_empty) return;
     if (is_apply) {
       producer.template load<Major::kK, Major::kK>({arguments.z, block.first + place.row, 0, 0},
-                                          {arguments.shadow, place.column, 0, block.sequence},
-                                          arguments.step.shape.f);
+                                                   {arguments.shadow, place.column, 0, block.sequence},
+                                                   arguments.step.shape.f);
     } else {
       producer.template load<Major::kMN, Major::kMN>({arguments.v, place.row, block.first, 0},
-                                            {arguments.z, place.column, block.first, 0}, block.written);
+                                                     {arguments.z, place.column, block.first, 0},
+                                                     block.written);
     }
   }
 
@@ -131,12 +132,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   run(ForwardTiles<T, kN>{arguments});
 }
 
-template <int kN>
-cudaError_t launch_columns(const ForwardArguments& arguments, const Device& device) {
-  return launch_tiles<kN>(device, arguments.schedule, sm90_scan_fwd_step_kernel<bfloat16, kN>,
-                          sm90_scan_fwd_step_kernel<float16, kN>, arguments);
-}
-
 }  // namespace
 
 // With which the forward ends first, if every cluster gets whole writing tiles. Tiles of 128 take 29% more
@@ -171,8 +166,10 @@ cudaError_t forward_step(const ForwardStep& step, const Device& device) {
     schedule.worth = static_cast<int>(shape.f / std::max<std::int64_t>(shape.block_tokens, kStateTokens));
   }
   if (maps.error != cudaSuccess) return maps.error;
-  return shape.tile_columns == 128 ? launch_columns<128>(arguments, device)
-                                   : launch_columns<192>(arguments, device);
+  return launch_tiles<ForwardArguments>(
+      device, arguments,
+      {{sm90_scan_fwd_step_kernel<bfloat16, 128>, sm90_scan_fwd_step_kernel<float16, 128>},
+       {sm90_scan_fwd_step_kernel<bfloat16, 192>, sm90_scan_fwd_step_kernel<float16, 192>}});
 }
 
 }  // namespace ttt::scan::sm90

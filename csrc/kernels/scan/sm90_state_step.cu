@@ -42,7 +42,7 @@ struct StateTiles {
   __device__ __forceinline__ void load(Producer<kN>& producer, int index) const {
     const auto [place, block, tokens, base] = tile(index);
     producer.template load<Major::kMN, Major::kMN>({arguments.a, place.row, block.first, 0},
-                                          {arguments.z, place.column, block.first, 0}, tokens);
+                                                   {arguments.z, place.column, block.first, 0}, tokens);
   }
 
   __device__ __forceinline__ void assist(Storage<kN>&, int index, int group, int assistant) const {
@@ -129,16 +129,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   run(StateTiles<T, kN, kUse>{arguments});
 }
 
-template <int kN, StateUse kUse>
-cudaError_t launch_columns(const StateArguments& arguments, const Device& device) {
-  return launch_tiles<kN>(device, arguments.schedule, sm90_scan_bwd_state_kernel<bfloat16, kN, kUse>,
-                          sm90_scan_bwd_state_kernel<float16, kN, kUse>, arguments);
-}
-
 template <StateUse kUse>
 cudaError_t launch_use(const StateArguments& arguments, const Device& device) {
-  return arguments.step.shape.tile_columns == 128 ? launch_columns<128, kUse>(arguments, device)
-                                                  : launch_columns<192, kUse>(arguments, device);
+  return launch_tiles<StateArguments>(
+      device, arguments,
+      {{sm90_scan_bwd_state_kernel<bfloat16, 128, kUse>, sm90_scan_bwd_state_kernel<float16, 128, kUse>},
+       {sm90_scan_bwd_state_kernel<bfloat16, 192, kUse>, sm90_scan_bwd_state_kernel<float16, 192, kUse>}});
 }
 
 }  // namespace

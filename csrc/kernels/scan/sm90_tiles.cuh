@@ -290,14 +290,16 @@ struct MapMaker {
   }
 };
 
-// Kernels for tiles of kN columns.
-template <int kN, class Arguments>
-cudaError_t launch_tiles(const Device& device, const Schedule& schedule, void (*bfloat16_kernel)(Arguments),
-                         void (*float16_kernel)(Arguments), const Arguments& arguments) {
+// The kernel that fits the operand and the tiles, of those for 128 and for 192 columns, bfloat16 first.
+template <class Arguments>
+cudaError_t launch_tiles(const Device& device, const Arguments& arguments,
+                         void (*const (&kernels)[2][2])(Arguments)) {
+  const bool is_wide = arguments.step.shape.tile_columns == 192;
   const int most = std::max(1, device.multiprocessors / kCluster);
-  return launch_clusters(device.operand == Operand::kBfloat16 ? bfloat16_kernel : float16_kernel, kCluster,
-                         static_cast<unsigned>(kCluster * std::min(schedule.tiles(), most)), kThreads,
-                         shared_bytes<Storage<kN>>(), device.stream, arguments);
+  return launch_clusters(kernels[is_wide][device.operand != Operand::kBfloat16], kCluster,
+                         static_cast<unsigned>(kCluster * std::min(arguments.schedule.tiles(), most)), kThreads,
+                         is_wide ? shared_bytes<Storage<192>>() : shared_bytes<Storage<128>>(), device.stream,
+                         arguments);
 }
 
 }  // namespace ttt::scan::sm90

@@ -56,7 +56,8 @@ struct TokenTiles {
     if (is_reached) producer.template load<Major::kK, Major::kMN>({arguments.v, row, 0, 0}, grad, step.shape.d);
     const std::int64_t first = step.dy_is_local ? place.block * step.shape.block_tokens : block.first;
     producer.template load<Major::kK, Major::kMN>({arguments.dy, first + place.row, 0, 0},
-                                         {arguments.shadow, place.column, 0, block.sequence}, step.shape.d);
+                                                  {arguments.shadow, place.column, 0, block.sequence},
+                                                  step.shape.d);
   }
 
   __device__ __forceinline__ void assist(Storage<kN>&, int, int, int) const {}
@@ -139,12 +140,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   run(TokenTiles<T, kN>{arguments});
 }
 
-template <int kN>
-cudaError_t launch_columns(const TokenArguments& arguments, const Device& device) {
-  return launch_tiles<kN>(device, arguments.schedule, sm90_scan_bwd_token_kernel<bfloat16, kN>,
-                          sm90_scan_bwd_token_kernel<float16, kN>, arguments);
-}
-
 }  // namespace
 
 cudaError_t token_step(const TokenStep& step, const Device& device) {
@@ -165,8 +160,10 @@ cudaError_t token_step(const TokenStep& step, const Device& device) {
   schedule.longs = count_tiles(shape, shape.block_tokens, shape.d);
   schedule.shorts = count_tiles(shape, shape.block_tokens, shape.f);
   schedule.worth = static_cast<int>(shape.f / (2 * shape.d));
-  return shape.tile_columns == 128 ? launch_columns<128>(arguments, device)
-                                   : launch_columns<192>(arguments, device);
+  return launch_tiles<TokenArguments>(
+      device, arguments,
+      {{sm90_scan_bwd_token_kernel<bfloat16, 128>, sm90_scan_bwd_token_kernel<float16, 128>},
+       {sm90_scan_bwd_token_kernel<bfloat16, 192>, sm90_scan_bwd_token_kernel<float16, 192>}});
 }
 
 }  // namespace ttt::scan::sm90
